@@ -1,0 +1,137 @@
+"""Prompts as token ids: left to right, infilling (FIM), repository context, chat.
+
+Training samples are made by the same functions, so a model is asked exactly what it was taught. Control ids are
+spliced between separately encoded texts; text can never spell them (see `tokenizer.py`).
+
+Formats: README.md and the chat template of deepseek-ai/DeepSeek-Coder.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+
+from . import repository as repo
+from .tokenizer import EOT, FIM_BEGIN, Tokenizer
+
+# The system prompt of the released chat template, spelled as there (no full stop at its end).
+SYSTEM = (
+    "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, "
+    "and you only answer questions related to computer science. For politically sensitive questions, security and "
+    "privacy issues, and other non-computer science questions, you will refuse to answer"
+)
+# sha256 of the chat template that the released instruct models carry: what `chat` renders without running Jinja.
+CHAT_TEMPLATE_SHA256 = "993c0af704bad76aeba4263a5318f7873a06420a8eb7d40b72a49c39599c0a66"
+
+
+def completion(tokenizer: Tokenizer, text: str) -> list[int]:
+    """[BOS] text: the model continues it."""
+    return tokenizer.encode(text, bos=tokenizer.add_bos)
+
+
+def fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+    """[BOS] <fim_begin> prefix <fim_hole> suffix <fim_end>: the model writes what stands in the hole, then EOS.
+
+    Text is joined as it is; nothing is added around the hole. Order PSM, the only one DeepSeek-Coder was trained on.
+    Raises ValueError for a vocabulary without FIM tokens. Warns for instruct models: their tuning had no FIM.
+    """
+    if tokenizer.fim_ids is None:
+        raise ValueError(
+            f"this model cannot fill holes: its vocabulary has no {FIM_BEGIN} token (DeepSeek-Coder v1.5 has none); "
+            "use a v1 base model such as deepseek-coder-6.7b-base"
+        )
+    if tokenizer.eos_id is not None and tokenizer.eos_id == tokenizer.control.get(EOT):
+        warnings.warn(
+            "this is an instruct model, tuned without infilling; a base model fills holes better", stacklevel=2
+        )
+    return fim_sample(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix))
+
+
+def fim_sample(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
+    """The ids of `fim` from encoded parts; a training sample goes on with the middle and EOS."""
+    assert tokenizer.fim_ids is not None
+    begin, hole, end = tokenizer.fim_ids
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return [*bos, begin, *prefix, hole, *suffix, end]
+
+
+def repository(
+    tokenizer: Tokenizer,
+    files: Mapping[str, str],
+    path: str,
+    prefix: str,
+    suffix: str = "",
+    max_tokens: int = 16384,
+) -> list[int]:
+    """A completion (or, with `suffix`, an infilling) of `path` with the repository's other files before it.
+
+    files: path -> text of the other files. Those that `path` imports, directly or not, stand nearest to it, the
+    dependencies of a file always before it; unrelated files come first. Every file begins with a comment that names
+    its path. Where the whole is longer than `max_tokens`, files are left out from the front, never cut.
+    In an infilling the other files are the beginning of the prefix.
+    """
+    others = {name: text for name, text in files.items() if name != path}
+    pieces = [tokenizer.encode(repo.path_comment(path) + prefix)]
+    tail = tokenizer.encode(suffix)
+    fixed = len(fim(tokenizer, "", "") if suffix else completion(tokenizer, ""))
+    room = max_tokens - fixed - len(pieces[0]) - len(tail)
+    if room < 0:
+        raise ValueError(
+            f"{path}: the text around the cursor is {len(pieces[0]) + len(tail)} tokens, "
+            f"more than the {max_tokens - fixed} that fit; pass less of the file"
+        )
+    for name in reversed(_nearest_last(others, path, prefix + suffix)):
+        ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")])[0])
+        if len(ids) > room:
+            break
+        room -= len(ids)
+        pieces.append(ids)
+    context = [i for ids in reversed(pieces) for i in ids]
+    if suffix:
+        return fim_sample(tokenizer, context, tail)
+    return completion(tokenizer, "") + context
+
+
+def _nearest_last(others: dict[str, str], path: str, text: str) -> list[str]:
+    """Paths of `others`, dependencies of `path` last, every file after the files it imports where that is possible."""
+    files = {**others, path: text}
+    edges = repo.imports(files)
+    needed, frontier = {path}, [path]
+    while frontier:
+        fresh = edges.get(frontier.pop(), set()) - needed
+        needed |= fresh
+        frontier += fresh
+    ordered = [name for component in repo.order(files, edges) for name in component if name != path]
+    return [n for n in ordered if n not in needed] + [n for n in ordered if n in needed]
+
+
+def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The conversation as DeepSeek-Coder's instruct models were tuned on it, ending where the answer begins.
+
+    messages: dicts with `role` (system, user, assistant) and `content`. The released template's quirk is kept: a
+    system message of one's own is followed by no newline.
+
+    Raises ValueError for a model with another chat template or none: it would be prompted wrongly.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise ValueError("this model has no chat template (it is a base model); chat with an instruct model")
+    if hashlib.sha256(template.encode()).hexdigest() != CHAT_TEMPLATE_SHA256:
+        raise ValueError(
+            f"this model's chat template is not DeepSeek-Coder's (it begins with {template[:60]!r}); "
+            "only DeepSeek-Coder instruct models are prompted for chat"
+        )
+    eot = tokenizer.control.get(EOT)
+    ids = [tokenizer.require(tokenizer.bos_id, "BOS")]
+    text = "" if any(m["role"] == "system" for m in messages) else SYSTEM + "\n"
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            text += content
+        elif role == "user":
+            text += f"### Instruction:\n{content}\n"
+        elif role == "assistant":
+            ids += tokenizer.encode(f"{text}### Response:\n{content}\n") + [tokenizer.require(eot, EOT)]
+            text = "\n"
+        else:
+            raise ValueError(f"chat message with role {role!r}; roles are system, user and assistant")
+    return ids + tokenizer.encode(text + "### Response:\n")

@@ -1,0 +1,135 @@
+"""`python -m pretrain`: from repositories to a trained model, one command a step."""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convert.command import run
+from deepseek_coder.tokenizer import Tokenizer
+
+from . import corpus as corpora
+from . import metrics, recipe, tokens
+from . import tokenizer as vocabulary
+from . import train as training
+from .dataset import Windows, load_windows
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pre-train DeepSeek-Coder from raw repositories.")
+
+Force = Annotated[bool, typer.Option(help="Replace what is there.")]
+
+
+@app.command()
+def corpus(
+    sources: Annotated[list[str], typer.Argument(help="Folders, git URLs, archives, or a manifest (.jsonl, .csv).")],
+    out: Annotated[Path, typer.Option(help="Folder for the corpus.")],
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    config: Annotated[Path | None, typer.Option(help="TOML with other thresholds than DeepSeek's.")] = None,
+) -> None:
+    """Crawl, filter, deduplicate and order repositories into documents. Run again to continue."""
+    corpora.build(sources, out, workers, corpora.load_config(config) if config else None)
+    print(corpora.summary(out))
+
+
+@app.command()
+def tokenizer(
+    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="BPE tokens; the control tokens come on top.")] = 32000,
+    force: Force = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus."""
+    if out.exists() and not force:
+        raise FileExistsError(f"{out}: exists already; choose another --out or pass --force")
+    texts = (text for document in corpora.documents(corpus) for text in document.texts)
+    made = vocabulary.train(texts, vocab_size, progress=True)
+    vocabulary.save(made, out)
+    print(f"{out}: {made.vocab_size:,} tokens")
+
+
+@app.command(name="tokens")
+def tokens_command(
+    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token files.")],
+    valid: Annotated[float, typer.Option(help="Share of documents held out for validation.")] = 0.01,
+) -> None:
+    """Encode a corpus as plain ids (infilling happens while training). Run again to continue."""
+    manifest = tokens.build(corpus, Tokenizer.load(tokenizer), out, valid)
+    for split, totals in manifest["splits"].items():
+        print(f"{split}: {totals['tokens']:,} tokens in {totals['documents']:,} documents, {totals['bytes']:,} bytes")
+
+
+@app.command()
+def show(
+    tokens: Annotated[Path, typer.Argument(help="Folder made by `tokens`.")],
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="Take window, FIM rate and seed from it.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", help="How many windows.")] = 4,
+) -> None:
+    """Print training windows as the loader makes them, control tokens visible."""
+    chosen = recipe.load(recipe_file) if recipe_file else recipe.Recipe()
+    data = chosen.data
+    windows = load_windows(tokens, "train", data.window, chosen.train.seed, data.fim_rate, data.fim_loss)
+    for index in range(number):
+        print(described(windows, index))
+
+
+@app.command()
+def train(
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE.toml")],
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, on top of the recipe.")] = None,
+) -> None:
+    """Train. Run again to continue from the newest checkpoint; use torchrun for several devices."""
+    training.train(recipe.load(recipe_file, changes or ()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    force: Force = False,
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder."""
+    training.export(run, out, force)
+    print(f"{out}: a Hugging Face model folder")
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The PNG; default loss.png in the run.")] = None,
+) -> None:
+    """Draw loss and learning rate over steps."""
+    target = out or run / "loss.png"
+    metrics.plot(run, target)
+    print(target)
+
+
+def described(windows: Windows, index: int) -> str:
+    """Window `index` as text: one headed section a document."""
+    window = windows[index]
+    epoch, within = windows.epoch_of(index)
+    ends = sorted(set(window.cu_seqlens.tolist()))
+    lines = [f"===== window {index}: epoch {epoch}, number {within}, {windows.window} tokens ====="]
+    for start, end in itertools.pairwise(ends):
+        trained = int((window.targets[start:end] != -100).sum())
+        if not trained:
+            lines.append(f"--- {end - start} tokens of padding ---")
+            continue
+        ids = window.tokens[start:end].tolist()
+        fim = windows.tokenizer.fim_ids
+        kind = "infilling" if fim and fim[0] in ids else "plain"
+        lines.append(f"--- {kind} document, {end - start} tokens, {trained} predicted ---")
+        lines.append(windows.tokenizer.decode(ids, skip_special=False))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

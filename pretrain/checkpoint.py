@@ -1,0 +1,83 @@
+"""Training checkpoints: `RUN/checkpoints/step-00000100/`, complete or not there.
+
+DCP stores tensors only, each rank its own shards: `model.*`, `exp_avg.*`, `exp_avg_sq.*`. Beside them lie
+`config.json` and the tokenizer's files (what export needs) and `state.json` (the step). Data order is a pure function
+of the step, so nothing else has to be remembered. A checkpoint is written under another name and renamed when every
+rank is done; whatever a killed run left half-written is never read.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from convert.dcp import Reader
+from deepseek_coder.model import Decoder
+from deepseek_coder.tokenizer import Tokenizer
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = sorted((run / "checkpoints").glob("step-*[0-9]"))
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimizer steps had been done."""
+    return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def save(
+    run: Path, step: int, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, keep: int
+) -> Path:
+    """Write the checkpoint after `step` steps, then delete all but the newest `keep`. Every rank calls it."""
+    final = run / "checkpoints" / f"step-{step:08}"
+    temporary = final.with_name(f"{final.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_tensors(model, optimizer), checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        dtype = {"torch_dtype": "float32"}
+        (temporary / "config.json").write_text(json.dumps(model.config.to_dict() | dtype, indent=2) + "\n")
+        tokenizer.save(temporary)
+        (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in sorted(final.parent.glob("step-*[0-9]"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def restore(checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint into a sharded model and its optimizer, at any world size; the step to go on with."""
+    step = step_of(checkpoint)
+    _make_state(optimizer)
+    dcp.load(_tensors(model, optimizer), storage_reader=Reader(str(checkpoint)))
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+    return step
+
+
+def _tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let AdamW make its state in its own form: one step with zero gradients at learning rate 0 changes no weight."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,164 @@
+"""From repositories to training documents: crawl -> filter -> dedup -> documents, one file per stage.
+
+Every stage reads the shards of the one before and writes its own under a folder of its name (stage.py says how it
+resumes). Exact duplicates go before the files are ordered, so that an ordered document holds each file once.
+
+    OUT/crawl/part-*.parquet       repo, path, language, text
+    OUT/filter/part-*.parquet      the same, less dropped-*.parquet: repo, path, reason
+    OUT/digests/part-*.parquet     repo, path, sha256
+    OUT/dedup/part-*.parquet       the same columns as crawl, less dropped-*.parquet
+    OUT/documents/part-*.parquet   repo, language, paths, texts
+    OUT/manifest.json              written last: a corpus without it is unfinished
+"""
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepseek_coder import languages, repository
+
+from . import crawl, dedup, order, rules, sources
+from .order import Document
+from .report import dropped_for, summary
+from .sources import find
+from .stage import Manifest, follow, run, settings_of, write_json
+
+__all__ = ["Document", "build", "documents", "load_config", "summary"]
+
+FORMAT = 1
+
+_SECTIONS = {"crawl": crawl.Limits, "filter": rules.Rules}
+
+# The modules that decide what a stage writes: when one of them changes, the stage is done again.
+_CODE = {
+    "crawl": (crawl, sources, languages),
+    "filter": (rules,),
+    "dedup": (dedup,),
+    "documents": (order, repository, languages),
+}
+
+
+def build(
+    sources: list[str], out: Path, workers: int = 1, config: dict[str, Any] | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Builds or brings up to date the corpus in `out`, and returns its manifest.
+
+    sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: {"crawl": {...}, "filter": {...}}
+    with fields of crawl.Limits and rules.Rules. An interrupted or changed run redoes only what is missing or changed.
+    progress: bars on stderr.
+
+    Raises FileNotFoundError for a source that does not exist; ValueError for any other source that cannot be read, for
+    an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.
+    """
+    out = Path(out).expanduser().resolve()
+    limits, filter_rules = _settings(config or {})
+    if workers < 1:
+        raise ValueError(f"{workers} workers cannot build a corpus; give 1 or more")
+    repositories = find(sources, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)  # unfinished from here on
+    except OSError as error:
+        raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
+    rest: dict[str, Any] = {"workers": workers, "progress": progress}
+
+    shards = crawl.plan(repositories, out, limits)
+    crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **rest)
+    shutil.rmtree(out / "cache", ignore_errors=True)
+    kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **rest)
+    digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **rest)
+    shards = dedup.decide(out, kept, digests)
+    unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **rest)
+    stages = {"crawl": crawled, "filter": kept, "dedup": unique}
+    if not unique["counts"]["files"]:
+        why = dropped_for({name: stage["counts"] for name, stage in stages.items()})
+        raise ValueError(
+            f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
+        )
+    shards = follow((unique, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
+    stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **rest)
+
+    manifest = {
+        "format": FORMAT,
+        "sources": list(sources),
+        "config": {"crawl": crawled["config"], "filter": kept["config"]},
+        "counts": {name: stage["counts"] for name, stage in stages.items()},
+        "documents": _outputs(stages["documents"]),
+    }
+    write_json(out / "manifest.json", manifest)
+    return manifest
+
+
+def documents(corpus_dir: Path) -> Iterator[Document]:
+    """The documents of a corpus in their order, read a few at a time.
+
+    Raises FileNotFoundError when the folder is not a corpus, or one that is not finished.
+    """
+    corpus_dir = Path(corpus_dir)
+    manifest = _manifest(corpus_dir)
+    for output in manifest["documents"]:
+        path = corpus_dir / output["file"]
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; run python -m pretrain corpus again, which redoes what is missing"
+            )
+    return _read(corpus_dir, manifest)
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """A TOML file with the sections [crawl] and [filter], checked. Raises FileNotFoundError or ValueError."""
+    try:
+        config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        _settings(config)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such corpus configuration") from None
+    except (OSError, ValueError) as error:  # TOML and UTF-8 errors are ValueErrors
+        raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
+    for section in config:
+        if section not in _SECTIONS:
+            raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {', '.join(_SECTIONS)}")
+    return (
+        settings_of(crawl.Limits, "crawl", config.get("crawl", {})),
+        settings_of(rules.Rules, "filter", config.get("filter", {})),
+    )
+
+
+def _outputs(stage: Manifest) -> list[dict[str, Any]]:
+    return [record["outputs"]["part"] for record in stage["shards"].values()]
+
+
+def _manifest(corpus: Path) -> dict[str, Any]:
+    path = corpus / "manifest.json"
+    if not path.is_file():
+        what = "an unfinished corpus" if (corpus / "crawl").is_dir() else "not a corpus"
+        raise FileNotFoundError(f"{corpus}: {what}; finish it with python -m pretrain corpus SOURCE... --out {corpus}")
+    try:
+        manifest = json.loads(path.read_text())
+        known = manifest["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus anew")
+    return manifest
+
+
+def _read(corpus: Path, manifest: dict[str, Any]) -> Iterator[Document]:
+    for output in manifest["documents"]:
+        try:
+            for batch in pq.ParquetFile(corpus / output["file"]).iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    yield Document(**row)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{corpus / output['file']}: damaged ({error}); remove it and build the corpus again"
+            ) from error

@@ -1,0 +1,191 @@
+"""A recipe: one short TOML that says everything about a training run. Unknown keys are errors, not ignored."""
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepseek_coder.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a new model, or `released` = the name of a DeepSeek-Coder whose sizes to take (RoPE is as given here).
+
+    Vocabulary, BOS and EOS come from the tokenizer of the token folder. vocab_multiple: embedding rows are padded
+    to a multiple of it.
+    """
+
+    released: str = ""
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 128
+    rope_theta: float = 100000.0
+    rope_factor: float = 1.0
+    tie_embeddings: bool = False
+    init_std: float = 0.006
+    vocab_multiple: int = 128
+
+
+@dataclass(frozen=True)
+class Data:
+    """tokens: folder made by `python -m pretrain tokens`. window: tokens in a training window.
+
+    fim_loss: "all" tokens of FIM samples are trained on, or only the "middle". workers: loader processes (0: none).
+    """
+
+    tokens: str = "tokens"
+    window: int = 4096
+    fim_rate: float = 0.5
+    fim_loss: str = "all"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and the three-stage schedule (`schedule.py`); defaults are DeepSeek's."""
+
+    learning_rate: float = 5.3e-4
+    warmup_steps: int = 2000
+    stage_ends: tuple[float, ...] = (0.8, 0.9)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Train:
+    """run: the folder that receives metrics and checkpoints. batch: windows in an optimizer step, over all devices;
+    micro_batch: windows in one forward of one device. The `_every` are in steps, 0 for never.
+    validate_windows: held-out windows to validate on, 0 for all.
+
+    init: a model folder to start from instead of random weights ("" for random).
+    device, dtype: "" picks cuda with bfloat16 compute if there is a GPU, otherwise cpu with float32.
+    """
+
+    run: str = "run"
+    steps: int = 1000
+    batch: int = 8
+    micro_batch: int = 1
+    seed: int = 0
+    init: str = ""
+    validate_every: int = 0
+    validate_windows: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    device: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+
+    def model_config(self, vocab_size: int, bos: int | None, eos: int) -> ModelConfig:
+        """The model's configuration for a tokenizer of `vocab_size` tokens."""
+        rows = -(-vocab_size // self.model.vocab_multiple) * self.model.vocab_multiple
+        rope: dict[str, Any] = {"rope_theta": self.model.rope_theta, "rope_factor": self.model.rope_factor}
+        special: dict[str, Any] = {"bos_token_id": bos, "eos_token_ids": (eos,), "init_std": self.model.init_std}
+        if self.model.released:
+            try:
+                config = ModelConfig.released(self.model.released)
+            except KeyError as error:
+                raise ValueError(f"model.released: {error.args[0]}") from None
+            shape = {
+                "vocab_size": max(rows, config.vocab_size),
+                "max_position_embeddings": self.data.window,
+            }
+            return dataclasses.replace(config, **sizes, **rope, **special)
+        sizes: dict[str, Any] = {
+            key: getattr(self.model, key)
+            for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        }
+        return ModelConfig(
+            vocab_size=rows,
+            max_position_embeddings=self.data.window,
+            tie_embeddings=self.model.tie_embeddings,
+            **sizes,
+            **rope,
+            **special,
+        )
+
+
+def load(path: str | Path, changes: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe. changes: `section.key=value` (a TOML value, or a bare word for text), applied on top.
+
+    Raises FileNotFoundError for a missing file; ValueError naming the file and the key for anything not understood.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe; recipes are TOML files, see pretrain/recipes")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    for change in changes:
+        key, equals, text = change.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise ValueError(f"--set {change}: write section.key=value, such as train.steps=100")
+        raw.setdefault(section, {})[name] = _value(text.strip())
+    return from_dict(raw, str(path))
+
+
+def from_dict(raw: dict[str, Any], source: str) -> Recipe:
+    """A checked recipe from nested dicts; `source` names it in errors."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
+    for name in raw:
+        if name not in sections:
+            raise ValueError(f"{source}: unknown section [{name}]; sections are {', '.join(sections)}")
+    made = {
+        name: _section(kind, raw.get(name, {}), f"{source}: {name}")  # type: ignore[arg-type]
+        for name, kind in sections.items()
+    }
+    recipe = Recipe(**made)  # type: ignore[arg-type]
+    if recipe.train.batch % recipe.train.micro_batch:
+        raise ValueError(f"{source}: train.batch {recipe.train.batch} is not a multiple of train.micro_batch")
+    if not 0 <= recipe.data.fim_rate <= 1:
+        raise ValueError(f"{source}: data.fim_rate {recipe.data.fim_rate} is not between 0 and 1")
+    if recipe.data.fim_loss not in ("all", "middle"):
+        raise ValueError(f'{source}: data.fim_loss {recipe.data.fim_loss!r} is neither "all" nor "middle"')
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def _section(kind: type, raw: Any, where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: a section [{where.rsplit(' ', 1)[-1]}] is expected, found {raw!r}")
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ValueError(f"{where}.{key} is not a known key; known are {', '.join(fields)}")
+        default = fields[key].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if type(value) is not type(default):
+            raise ValueError(f"{where}.{key} is {value!r}; {type(default).__name__} is expected")
+        values[key] = value
+    return kind(**values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,70 @@
+"""Train a byte-level BPE tokenizer the way DeepSeek-Coder's was made (paper, section 3.2), with its control tokens.
+
+Two differences from the released vocabulary: the control tokens follow the BPE tokens directly, and the 13 letters
+(õ ÷ Á ...) that are added tokens there by accident are ordinary text here. They spell the bytes that UTF-8 never
+uses, so leaving these bytes out of the alphabet loses nothing.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from convert.gguf_tokenizer import PRE_TOKENIZERS
+from deepseek_coder.tokenizer import BOS, EOS, EOT, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+
+CONTROL = (BOS, EOS, FIM_HOLE, FIM_BEGIN, FIM_END, "<pad>", "<|User|>", "<|Assistant|>", EOT)
+# Bytes that never occur in UTF-8, as byte-level BPE spells them.
+_NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")
+
+
+def train(texts: Iterable[str], vocab_size: int = 32000, progress: bool = False) -> Tokenizer:
+    """A tokenizer of `vocab_size` BPE tokens plus the control tokens. The same texts give the same tokenizer."""
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 256:
+        raise ValueError(f"a vocabulary of {vocab_size} cannot hold every byte; take at least 256")
+    bpe = Trained(models.BPE())
+    pre = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["deepseek-coder"]}
+    bpe = Trained.from_str(json.dumps({**json.loads(bpe.to_str()), "pre_tokenizer": pre}))
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - _NEVER)
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=progress)
+    )
+    raw = json.loads(bpe.to_str())
+    first = len(raw["model"]["vocab"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    raw["added_tokens"] = [
+        {"id": first + i, "content": token, **flags, "special": token in (BOS, EOS)} for i, token in enumerate(CONTROL)
+    ]
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    return Tokenizer(
+        {
+            "tokenizer.json": json.dumps(raw, ensure_ascii=False).encode(),
+            "tokenizer_config.json": (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode(),
+        }
+    )
+
+
+def save(tokenizer: Tokenizer, out: Path) -> None:
+    """Write the tokenizer's files as a folder, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        tokenizer.save(temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

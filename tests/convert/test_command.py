@@ -1,0 +1,213 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+
+from convert import writer
+from convert.__main__ import app
+from convert.command import run
+from convert.huggingface import open_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny_config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    save_file(random_tensors(tiny_config), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def invoke(*arguments: object, of: typer.Typer = app) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run(of)
+        return caught.value.code, *capsys.readouterr()
+
+    return invoke
+
+
+def assert_one_error(result: tuple[object, str, str], *named: str) -> None:
+    code, stdout, stderr = result
+    assert code == 2
+    assert stdout == ""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert stderr.rstrip("\n").endswith(lines[0])
+    assert "Traceback" not in stderr
+    for text in named:
+        assert text in lines[0]
+
+
+def test_converts_a_folder(model: Path, tmp_path: Path, command: Any, tiny_config: Any, random_tensors: Any) -> None:
+    code, stdout, _ = command(model, tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20KB")
+    assert (code, stdout) == (0, f"{tmp_path / 'out'}: 21 tensors written\n")
+    with open_folder(tmp_path / "out") as checkpoint:
+        assert checkpoint.config == tiny_config | {"torch_dtype": "bfloat16"}
+        assert checkpoint.generation_config == {"eos_token_id": [2, 3]}
+        assert checkpoint.tokenizer_files == {"tokenizer.json": b"{}"}
+        assert len(checkpoint.weight_files) > 1
+        for name, tensor in random_tensors(tiny_config).items():
+            assert torch.equal(checkpoint.tensor(name), tensor.bfloat16())
+
+
+def test_existing_destination_and_force(model: Path, tmp_path: Path, command: Any) -> None:
+    assert command(model, tmp_path / "out")[0] == 0
+    assert_one_error(command(model, tmp_path / "out"), "--force")
+    assert command(model, tmp_path / "out", "--force")[0] == 0
+    assert_one_error(command(model, model, "--force"), "holds the source")
+    assert_one_error(command(model, tmp_path, "--force"), "holds the source")
+    assert (model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "give SOURCE and DESTINATION"),
+        (["only-one"], "give SOURCE and DESTINATION"),
+        (["a", "b", "--inspect", "c"], "--inspect PATH stands alone"),
+        (["--bogus"], "--bogus"),
+        (["no-such-folder", "out"], "no-such-folder: no such folder"),
+        (["no-such.gguf", "out"], "no-such.gguf: no such file"),
+        (["a", "b", "--dtype", "int3"], "int3"),
+        (["a", "b", "--max-shard-size", "many"], "'many' is not understood"),
+        (["--inspect", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, monkeypatch: Any, command: Any, arguments: list[str], named: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_error(command(*arguments), named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/model.safetensors")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    assert_one_error(command(model, tmp_path / "out"), "/somewhere/model.safetensors: No space left on device")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_full_disk_as_safetensors_reports_it(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise writer.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    assert_one_error(command(model, tmp_path / "out"), "No space left on device", "free some space")
+
+
+def test_inspect(model: Path, command: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, stdout, stderr = command("--inspect", model)
+    assert (code, stderr) == (0, "")
+    for text in ("LlamaForCausalLM", "19,616", "F32 (21 tensors)", "linear factor 4", "tokenizer.json", "nothing"):
+        assert text in stdout
+
+
+def test_inspect_config_alone(tmp_path: Path, tiny_config: Any, command: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    for path in (tmp_path, tmp_path / "config.json"):
+        code, stdout, stderr = command("--inspect", path)
+        assert (code, stderr) == (0, "")
+        for text in ("19,616", "float32", "no weights", "tokenizer.json"):
+            assert text in stdout
+
+
+def test_inspect_official(official: Path, command: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, stdout, _ = command("--inspect", official)
+    assert code == 0
+    for text in ("6,740,512,768", "bfloat16", "model-00001-of-00002.safetensors", "linear factor 4"):
+        assert text in stdout
+
+
+@pytest.mark.network
+def test_gguf(smollm2: Path, llama_cpp_vocabularies: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, stdout, _ = command("--inspect", smollm2)
+    assert code == 0
+    for text in ("134,515,008", "tied head", "Q4_1 (210 tensors)", "Q8_0 (1 tensors)", "tokenizer.json"):
+        assert text in stdout
+    vocabulary = llama_cpp_vocabularies / "ggml-vocab-deepseek-coder.gguf"
+    assert "vocabulary only" in command("--inspect", vocabulary)[1]
+    assert_one_error(command(vocabulary, tmp_path / "out"), "vocabulary only")
+
+
+def one_command(body: Any) -> typer.Typer:
+    other = typer.Typer(add_completion=False)
+    other.command()(body)
+    return other
+
+
+@pytest.mark.parametrize("problem, message", [(ValueError("a\n b"), "a b"), (FileNotFoundError("x: gone"), "x: gone")])
+def test_run_puts_errors_on_one_line(command: Any, problem: Exception, message: str) -> None:
+    def body() -> None:
+        raise problem
+
+    assert command(of=one_command(body)) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("problem, code", [(KeyboardInterrupt(), 130), (typer.Abort(), 130), (typer.Exit(3), 3)])
+def test_run_exit_codes(command: Any, problem: BaseException, code: int) -> None:
+    def body() -> None:
+        raise problem
+
+    assert command(of=one_command(body)) == (code, "", "")
+
+
+def test_run_leaves_bugs_their_traceback(monkeypatch: Any) -> None:
+    def body() -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(KeyError):
+        run(one_command(body))
+
+
+def test_as_a_process(model: Path) -> None:
+    def process(*arguments: object) -> Any:
+        command = [sys.executable, "-m", "convert", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = process("nowhere", "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere: no such folder")
+    assert done.stderr.count("\n") == 1
+    done = process("--help")
+    assert done.returncode == 0
+    assert "--max-shard-size" in done.stdout
+
+
+def test_reader_that_goes_away(model: Path) -> None:
+    """Standard output is a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "convert", "--inspect", str(model)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_help_is_light() -> None:
+    code = "import sys, convert.command, convert.__main__; print(sorted({'torch', 'gguf', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "torch" not in done.stdout, done.stderr
+    assert "gguf" not in done.stdout

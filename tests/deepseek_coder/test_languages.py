@@ -1,0 +1,124 @@
+"""Languages by file name; pygments' own file patterns are the oracle where it knows a language."""
+
+import pytest
+from pygments.lexers import get_all_lexers
+
+from deepseek_coder.languages import LANGUAGES, language_of
+
+# The paper's 87, as printed there.
+PAPER = """Ada, Agda, Alloy, ANTLR, AppleScript, Assembly, Augeas, AWK, Batchfile, Bluespec, C, C#, C++, Clojure, CMake,
+CoffeeScript, Common Lisp, CSS, CUDA, Dart, Dockerfile, Elixir, Elm, Emacs Lisp, Erlang, F#, Fortran, GLSL, Go, Groovy,
+Haskell, HTML, Idris, Isabelle, Java, Java Server Pages, JavaScript, JSON, Julia, Jupyter Notebook, Kotlin, Lean,
+Literate Agda, Literate CoffeeScript, Literate Haskell, Lua, Makefile, Maple, Mathematica, MATLAB, OCaml, Pascal, Perl,
+PHP, PowerShell, Prolog, Protocol Buffer, Python, R, Racket, RMarkdown, Ruby, Rust, SAS, Scala, Scheme, Shell,
+Smalltalk, Solidity, SPARQL, SQL, Stan, Standard ML, Stata, SystemVerilog, Tcl, Tcsh, TeX, Thrift, TypeScript, Verilog,
+VHDL, Visual Basic, XSLT, Yacc, YAML, Zig"""
+
+# Where pygments uses another name, or has several lexers.
+LEXERS = {
+    "ANTLR": ("ANTLR With Java Target",),
+    "Assembly": ("NASM", "GAS"),
+    "AWK": ("Awk",),
+    "Dockerfile": ("Docker",),
+    "Emacs Lisp": ("EmacsLisp",),
+    "Fortran": ("Fortran", "FortranFixed"),
+    "Idris": ("Idris", "Literate Idris"),
+    "Java Server Pages": ("Java Server Page",),
+    "MATLAB": ("Matlab",),
+    "Pascal": ("Delphi",),
+    "R": ("S",),
+    "Shell": ("Bash",),
+    "SystemVerilog": ("systemverilog",),
+    "TeX": ("TeX", "BibTeX"),
+    "Verilog": ("verilog",),
+    "VHDL": ("vhdl",),
+    "Visual Basic": ("VB.net", "VBScript"),
+}
+# pygments has no lexer for these.
+UNKNOWN_TO_PYGMENTS = {"Bluespec", "Jupyter Notebook", "Literate CoffeeScript", "RMarkdown", "Yacc"}
+
+# Patterns of pygments that we leave alone: owned by languages outside of the 89, outputs, or too rare to be sure of.
+DECLINED = set(
+    # shared with more frequent foreign owners: OpenCL, Qt, Puppet's and others' includes, Objective-C++, Encapsulated C
+    "*.cl *.pro *.ecl *.inc *.mm *.mi *.sc *.cp *.es *.module *.tac *.S "
+    # program output and locks
+    "*.aux *.toc Pipfile.lock .Rhistory .Renviron *.cdf *.jsonl *.ndjson *.xc "
+    # dialects and templates that are not the language itself
+    "*.eex *.leex *.rvt *.rs.in *.sage *.pye *.jy *.bzl BUILD BUILD.bazel BUCK WORKSPACE *.wlua *.idc *.x[bp]m *.xpl "
+    "*.ebuild *.eclass *.exheres-0 *.exlib *.rbx *.duby *.cppm *.ixx *.mxx *.tpp "
+    # patterns that are not a name or an extension
+    "Makefile.* bash_* .bash_* bashrc zshrc kshrc *.php[345]".split()
+)
+
+
+def test_the_list_is_the_papers_and_two():
+    names = [language.name for language in LANGUAGES]
+    paper = [name.strip() for name in PAPER.replace("\n", " ").split(",")]
+    assert len(paper) == 87
+    assert names == [*paper, "Markdown", "reStructuredText"]
+
+
+def test_no_two_languages_claim_a_name():
+    extensions = [extension for language in LANGUAGES for extension in language.extensions]
+    filenames = [name for language in LANGUAGES for name in language.filenames]
+    assert len(extensions) == len(set(extensions))
+    assert len(filenames) == len(set(filenames))
+    assert all(extension.startswith(".") for extension in extensions)
+    assert all(language.extensions for language in LANGUAGES)
+
+
+def test_pygments_agrees():
+    patterns = {name: found for name, _, found, _ in get_all_lexers()}
+    claims: dict[str, set[str]] = {}
+    for language in LANGUAGES:
+        lexers = LEXERS.get(language.name, (language.name,))
+        assert any(lexer in patterns for lexer in lexers) == (language.name not in UNKNOWN_TO_PYGMENTS), language.name
+        for lexer in lexers:
+            for pattern in patterns.get(lexer, ()):
+                claims.setdefault(pattern, set()).add(language.name)
+    assert len(claims) > 200
+    for pattern, names in claims.items():
+        ours = language_of(pattern.replace("*", "dir/name", 1))
+        if ours is None:
+            assert pattern in DECLINED, pattern
+        else:
+            assert ours.name in names or pattern == "*.pl", (pattern, ours.name, names)
+    for pattern in ("*.py", "*.cpp", "*.rs", "*.f90", "*.adb", "CMakeLists.txt", "Dockerfile"):
+        assert claims[pattern] == {language_of(pattern.replace("*", "x")).name}
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("src/a.py", "Python"),
+        ("a.PY", "Python"),
+        ("x/analysis.R", "R"),
+        ("x/analysis.r", "R"),
+        ("a.C", "C++"),
+        ("a.c", "C"),
+        ("a.h", "C"),
+        ("a.m", "MATLAB"),
+        ("a.pl", "Perl"),
+        ("a.v", "Verilog"),
+        ("a.test.js", "JavaScript"),
+        ("a.d.ts", "TypeScript"),
+        ("docs/a.lagda.md", "Literate Agda"),
+        ("docs/a.coffee.md", "Literate CoffeeScript"),
+        ("docs/a.md", "Markdown"),
+        ("docker/Dockerfile", "Dockerfile"),
+        ("CMakeLists.txt", "CMake"),
+        ("Makefile", "Makefile"),
+        (".bashrc", "Shell"),
+        ("a.tar.gz", None),
+        ("notes.txt", None),
+        (".py", None),
+        ("py", None),
+        ("LICENSE", None),
+        ("a.py/b", None),
+        ("", None),
+        ("a.", None),
+    ],
+)
+def test_language_of(path, name):
+    language = language_of(path)
+    assert (language and language.name) == name

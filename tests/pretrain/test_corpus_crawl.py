@@ -1,0 +1,353 @@
+"""Sources and the crawl: folders, git URLs, archives, lists; what is left out and why; hostile archives."""
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+import zipfile
+
+import pytest
+
+from pretrain.corpus import crawl
+from pretrain.corpus.sources import find
+
+
+def write(root, files):
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def repository(root, files):
+    write(root, files)
+    git(root, "init")
+    git(root, "add", "-A")
+    git(root, "commit", "-m", "first")
+    return root
+
+
+def read(sources, out, limits=None):
+    """(kept rows, {path: reason}, what the record says) of a crawl."""
+    limits = limits or crawl.Limits()
+    kept, dropped, about = [], {}, {}
+    for shard in crawl.plan(find([str(source) for source in sources], out), out, limits):
+        result = crawl.crawl_shard(out, shard, limits)
+        kept += result.tables["part"].to_pylist()
+        dropped |= {(row["repo"], row["path"]): row["reason"] for row in result.tables["dropped"].to_pylist()}
+        about |= result.about["repositories"]
+    return kept, dropped, about
+
+
+def tar(path, members, mode="w:gz"):
+    """members: (name, bytes) or a TarInfo."""
+    with tarfile.open(path, mode) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_a_folder(tmp_path):
+    root = write(
+        tmp_path / "project",
+        {
+            "b.py": "b = 1\r\nc = 2\rd = 3\n",
+            "a/c.c": "int x;\n",
+            "bom.py": b"\xef\xbb\xbfx = 1\n",
+            "latin.py": "é = 1".encode("latin-1"),
+            "zero.py": b"x = 1\0",
+            "large.py": b"x" * ((1 << 20) + 1),
+            "just.py": b"x" * (1 << 20),
+            "notes.txt": "no language",
+            "node_modules/m/index.js": "x",
+            "deep/vendor/v.go": "x",
+            "__pycache__/a.py": "x",
+            "line\nbreak.py": "x",
+            ".git/config.py": "x",
+        },
+    )
+    os.symlink(root / "b.py", root / "link.py")
+    os.symlink(tmp_path, root / "up")
+    os.mkfifo(root / "pipe.py")
+    kept, dropped, _ = read([root], tmp_path / "out")
+    assert [(row["repo"], row["path"], row["language"]) for row in kept] == [
+        ("project", "a/c.c", "C"),
+        ("project", "b.py", "Python"),
+        ("project", "bom.py", "Python"),
+        ("project", "just.py", "Python"),
+    ]
+    assert kept[1]["text"] == "b = 1\nc = 2\nd = 3\n"
+    assert kept[2]["text"] == "x = 1\n"
+    assert {path: reason for (_, path), reason in dropped.items()} == {
+        "latin.py": "not UTF-8",
+        "zero.py": "binary",
+        "large.py": "too large",
+        "notes.txt": "unknown language",
+        "node_modules/": "vendored folder",
+        "deep/vendor/": "vendored folder",
+        "__pycache__/": "vendored folder",
+        "line\nbreak.py": "unprintable path",
+        "link.py": "symbolic link",
+        "up": "symbolic link",
+        "pipe.py": "not a regular file",
+    }
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    root = write(tmp_path / "project", {"a.py": "x = 1\n"})
+    (root / os.fsdecode(b"caf\xe9.py")).write_text("x = 1\n")
+    kept, dropped, _ = read([root], tmp_path / "out")
+    assert [row["path"] for row in kept] == ["a.py"]
+    assert dropped == {("project", "caf\\udce9.py"): "unprintable path"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_files_and_folders(tmp_path):
+    root = write(tmp_path / "project", {"a.py": "x", "b.py": "x", "c/d.py": "x"})
+    (root / "a.py").chmod(0)
+    (root / "c").chmod(0)
+    kept, dropped, _ = read([root], tmp_path / "out")
+    (root / "c").chmod(0o700)
+    assert [row["path"] for row in kept] == ["b.py"]
+    assert dropped == {("project", "a.py"): "unreadable", ("project", "c/"): "unreadable"}
+
+
+def test_a_folder_of_repositories(tmp_path):
+    top = tmp_path / "all"
+    write(top, {"one/.git/x": "", "one/a.py": "x", "owner/two/.git": "gitdir: elsewhere", "owner/two/b.py": "x"})
+    write(top, {"owner/loose.py": "x", "one/sub/.git/x": "", "one/sub/c.py": "x"})
+    kept, _, _ = read([top], tmp_path / "out")
+    assert [(row["repo"], row["path"]) for row in kept] == [
+        ("all", "owner/loose.py"),
+        ("one", "a.py"),
+        ("one", "sub/c.py"),  # a repository within a repository belongs to it
+        ("owner/two", "b.py"),
+    ]
+
+
+def test_the_corpus_is_not_its_own_source(tmp_path):
+    out = tmp_path / "project" / "corpus"
+    write(tmp_path / "project", {"a.py": "x", "corpus/manifest.json": "{}", "corpus/cache/c/.git/x": ""})
+    kept, dropped, _ = read([tmp_path / "project"], out)
+    assert [row["path"] for row in kept] == ["a.py"]
+    assert not dropped
+
+
+def test_a_clone(tmp_path):
+    source = repository(tmp_path / "work", {"a.py": "x = 1\n", "p/b.py": "y = 2\n"})
+    kept, _, about = read([f"file://{source}"], tmp_path / "out")
+    assert [(row["repo"], row["path"], row["text"]) for row in kept] == [
+        ("work", "a.py", "x = 1\n"),
+        ("work", "p/b.py", "y = 2\n"),
+    ]
+    head = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert about["work"] == {"url": f"file://{source}", "commit": head}
+    assert list((tmp_path / "out" / "cache").iterdir()) == []
+
+
+def test_a_clone_of_an_empty_repository(tmp_path):
+    (tmp_path / "empty").mkdir()
+    git(tmp_path / "empty", "init")
+    kept, _, about = read([f"file://{tmp_path / 'empty'}"], tmp_path / "out")
+    assert kept == []
+    assert about["empty"]["commit"] == ""
+
+
+def test_a_clone_outlives_a_failure_of_its_shard(tmp_path):
+    source = repository(tmp_path / "a", {"a.py": "x = 1\n"})
+    urls = [f"file://{source}", f"file://{tmp_path / 'zzz'}"]
+    with pytest.raises(ValueError, match=r"zzz: git clone failed \(.*\); check the URL"):
+        read(urls, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cache").iterdir())) == 1
+    repository(tmp_path / "zzz", {"b.py": "y = 1\n"})
+    (source / ".git").rename(tmp_path / "gone")  # the first can only come from the cache now
+    kept, _, _ = read(urls, tmp_path / "out")
+    assert [row["path"] for row in kept] == ["a.py", "b.py"]
+    assert list((tmp_path / "out" / "cache").iterdir()) == []
+
+
+def test_a_clone_that_takes_too_long(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"git clone took over 1 s; raise \[crawl\] clone_seconds"):
+        read(["https://host.invalid/a/b"], tmp_path / "out", crawl.Limits(clone_seconds=1))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="git is not installed"):
+        read(["https://host.invalid/a/b"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix, mode", [(".tar.gz", "w:gz"), (".tgz", "w:gz"), (".tar.xz", "w:xz"), (".tar", "w")])
+def test_a_tar_archive(tmp_path, suffix, mode):
+    members = [
+        ("top-1.0/a.py", b"x = 1\n"),
+        ("./top-1.0/p/b.py", b"old"),
+        ("top-1.0/p/b.py", b"y = 2\r\n"),
+        ("top-1.0/vendor/c.py", b"x"),
+        ("top-1.0/vendor/d.py", b"x"),
+        ("top-1.0/.git/hooks.py", b"x"),
+        ("top-1.0/notes.txt", b"x"),
+        link("top-1.0/p/link.py", "../a.py"),
+        link("top-1.0/hard.py", "top-1.0/a.py", tarfile.LNKTYPE),
+        link("top-1.0/device.py", "", tarfile.CHRTYPE),
+    ]
+    kept, dropped, _ = read([tar(tmp_path / f"top{suffix}", members, mode)], tmp_path / "out")
+    assert [(row["repo"], row["path"], row["text"]) for row in kept] == [
+        ("top", "a.py", "x = 1\n"),
+        ("top", "p/b.py", "y = 2\n"),
+    ]
+    assert {path: reason for (_, path), reason in dropped.items()} == {
+        "vendor/": "vendored folder",
+        "notes.txt": "unknown language",
+        "p/link.py": "symbolic link",
+        "hard.py": "symbolic link",
+        "device.py": "not a regular file",
+    }
+
+
+def test_a_zip_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("a.py", "x = 1\n")
+        archive.writestr("sub\\b.py", "y = 1\n")
+        archive.writestr("large.py", b"x" * ((1 << 20) + 1))
+        archive.mkdir("empty")
+    kept, dropped, _ = read([tmp_path / "p.zip"], tmp_path / "out")
+    assert [row["path"] for row in kept] == ["a.py", "sub/b.py"]
+    assert dropped == {("p", "large.py"): "too large"}
+
+
+EVIL = {
+    "absolute": [("/etc/a.py", b"x")],
+    "climbing": [("a/../../b.py", b"x")],
+    "climbing after good members": [("a.py", b"x"), ("b.py", b"x"), ("../c.py", b"x")],
+    "backslashes": [("..\\c.py", b"x")],
+    "drive": [("C:\\c.py", b"x")],
+    "unknown language": [("../../.ssh/authorized_keys", b"x")],
+    "symbolic link": [link("p/a.py", "../../secret.py")],
+    "absolute symbolic link": [link("p/a.py", "/etc/passwd")],
+    "hard link": [link("p/a.py", "../secret.py", tarfile.LNKTYPE)],
+    "folder": [link("../up", "", tarfile.DIRTYPE)],
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_an_archive_that_climbs_out_is_refused(tmp_path, name):
+    file = tar(tmp_path / "evil.tar.gz", EVIL[name])
+    with pytest.raises(ValueError, match=r"evil\.tar\.gz: its member or link .* leads out of the archive"):
+        read([file], tmp_path / "out")
+
+
+@pytest.mark.parametrize("member", ["../a.py", "/a.py", "x/../../a.py", "link"])
+def test_a_zip_that_climbs_out_is_refused(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        info = zipfile.ZipInfo(member)
+        if member == "link":
+            info.external_attr = 0o120777 << 16
+        archive.writestr(info, "../../target.py")
+    with pytest.raises(ValueError, match=r"evil\.zip: its member or link .* leads out of the archive"):
+        read([tmp_path / "evil.zip"], tmp_path / "out")
+
+
+def test_damaged_archives(tmp_path):
+    good = tar(tmp_path / "good.tar.gz", [("a.py", os.urandom(50_000))]).read_bytes()
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        archive.writestr("a.py", "x = 1\n" * 100)
+    damaged = {
+        "cut.tar.gz": good[: len(good) // 2],
+        "noise.tar.gz": b"noise" * 1000,
+        "noise.tar.xz": b"\xfd7zXZ\0noise",
+        "empty.tgz": b"",
+        "cut.zip": (tmp_path / "good.zip").read_bytes()[:-30],
+        "noise.zip": b"noise",
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: this archive cannot be read \(.*\); fetch it again"):
+            read([tmp_path / name], tmp_path / "out")
+
+
+def test_lists(tmp_path):
+    write(tmp_path, {"one/a.py": "x", "two/b.py": "x"})
+    tar(tmp_path / "three.tgz", [("c.py", b"x")])
+    rows = [{"path": "one", "stars": 5, "licence": "MIT"}, {"path": "three.tgz"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    (tmp_path / "list.csv").write_text(f"url,path,stars\n,two,7\nfile://{tmp_path}/four,,1\n")
+    repository(tmp_path / "four", {"d.py": "x"})
+    kept, _, about = read([tmp_path / "list.jsonl", tmp_path / "list.csv"], tmp_path / "out")
+    assert [(row["repo"], row["path"]) for row in kept] == [
+        ("four", "d.py"),
+        ("one", "a.py"),
+        ("three", "c.py"),
+        ("two", "b.py"),
+    ]
+    assert about["one"] == {"stars": 5, "licence": "MIT"}
+    assert about["two"] == {"stars": "7"}
+    assert about["four"]["stars"] == "1"
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"path": "missing"}', r"a\.jsonl, line 1: .*missing: no such source"),
+        ("a.jsonl", '{"path": "."}\n{"path": ', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"stars": 1}', r"a\.jsonl, line 1: names no repository; give it a `url` or a `path`"),
+        ("a.jsonl", "[1]", r"a\.jsonl, line 1: names no repository"),
+        ("a.csv", "name,stars\nx,1\n", r"a\.csv, line 2: names no repository"),
+        ("a.csv", b"url\n\xff\n", r"a\.csv: this list cannot be read"),
+    ],
+)
+def test_bad_lists(tmp_path, name, text, message):
+    write(tmp_path, {name: text})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        find([str(tmp_path / name)], tmp_path / "out")
+
+
+def test_bad_sources(tmp_path):
+    write(tmp_path, {"a.py": "x"})
+    with pytest.raises(ValueError, match="no sources given"):
+        find([], tmp_path)
+    for missing in ("nowhere", "nowhere.tar.gz", "nowhere.jsonl"):
+        with pytest.raises(FileNotFoundError, match=rf"{missing}: no such"):
+            find([str(tmp_path / missing)], tmp_path)
+    with pytest.raises(ValueError, match="ftp://x/y: not a URL that git clones here"):
+        find(["ftp://x/y"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="ext::sh"):
+        find(["ext::sh -c true"], tmp_path)
+    with pytest.raises(ValueError, match=r"a\.py: not a folder, a git URL or an archive"):
+        find([str(tmp_path / "a.py")], tmp_path)
+
+
+def test_names(tmp_path):
+    for folder in ("x/same", "y/same", "same~2"):
+        write(tmp_path / folder, {"a.py": "x"})
+    urls = ["https://host/owner/name.git", "git@host:owner/other", "https://host/owner/name.git", "ssh://git@h/o/n/"]
+    folders = [str(tmp_path / "x/same"), str(tmp_path / "same~2"), str(tmp_path / "y/same")]
+    found = find([*urls, *folders, folders[0] + "/"], tmp_path / "out")
+    assert [repository.name for repository in found] == ["o/n", "owner/name", "owner/other", "same", "same~2", "same~3"]
+
+
+def test_shards_hold_whole_repositories_up_to_their_size(tmp_path):
+    for name, size in {"a": 400, "b": 500, "c": 300, "d": 2000, "e": 10}.items():
+        write(tmp_path / name, {"x.py": "#" * size, "y.py": "#" * 100, "notes.txt": "#" * 5000})
+    repositories = find([str(tmp_path / name) for name in "edcba"], tmp_path / "out")
+    shards = crawl.plan(repositories, tmp_path / "out", crawl.Limits(shard_bytes=1200))
+    assert [[repository.name for repository in shard.inputs] for shard in shards] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [shard.name for shard in shards] == ["00000", "00001", "00002", "00003"]

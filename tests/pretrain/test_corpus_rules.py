@@ -1,0 +1,92 @@
+"""The rule filter, each rule exactly at its boundary."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.corpus.rules import Rules, _letters, drop_reason, visible_text
+
+RULES = Rules()
+DATA = "\n".join(["abcdefghi"] * 600)
+
+
+def page(visible, other):
+    """HTML with so many visible characters and so many others, in lines that no other rule minds."""
+    comment = "\n".join(["c" * 49] * 200)[: other - len("<p></p><!---->")]
+    text = "<p>" + "v" * visible + "</p><!--" + comment + "-->"
+    assert len(text) == visible + other
+    return text
+
+
+@pytest.mark.parametrize(
+    "text, language, reason",
+    [
+        ("", "Python", "empty"),
+        (" \n\t\n", "Python", "empty"),
+        ("x" * 100, "Python", None),
+        ("x" * 100 + "\n", "Python", None),
+        ("x" * 101, "Python", "mean line length"),
+        ("x" * 101 + "\n" + "x" * 99, "Python", None),
+        ("x" * 101 + "\n" + "x" * 99 + "\n", "Python", None),  # the last newline begins no line
+        ("x" * 101 + "\n" + "x" * 100, "Python", "mean line length"),
+        ("x" * 1000 + "\nx" * 20, "Python", None),
+        ("x" * 1001 + "\nx" * 20, "Python", "longest line"),
+        ("a111", "Python", None),
+        ("a1111", "Python", "alphabetic share"),
+        ("é111", "Python", None),
+        ("漢1111", "Python", "alphabetic share"),
+        ("aa11\n111", "Python", None),  # white space counts among all characters
+        ("aa11\n1111", "Python", "alphabetic share"),
+        ('<?xml version="1.0"?>\n<a>text</a>', "HTML", "XML"),
+        ('<?xml version="1.0"?>\n<a>text</a>', "XSLT", None),
+        ("x" * 80 + "\n" + "y" * 5 + "<?xml version=", "C", "XML"),  # ends at character 100
+        ("x" * 80 + "\n" + "y" * 6 + "<?xml version=", "C", None),
+        (page(100, 400), "HTML", None),
+        (page(99, 300), "HTML", "HTML visible text"),
+        (page(100, 401), "HTML", "HTML visible text"),
+        (page(99, 300), "Python", None),
+        (DATA[:50], "JSON", None),
+        (DATA[:49], "JSON", "JSON or YAML length"),
+        (DATA[:5000], "YAML", None),
+        (DATA[:5001], "YAML", "JSON or YAML length"),
+        (DATA[:5001], "Python", None),
+    ],
+)
+def test_boundaries(text, language, reason):
+    assert drop_reason(text, language, RULES) == reason
+
+
+def test_thresholds_can_be_changed():
+    assert drop_reason("x" * 101, "C", Rules(mean_line_length=101)) is None
+    assert drop_reason("x" * 1001 + "\nx" * 20, "C", Rules(longest_line=1001)) is None
+    assert drop_reason("a1111", "C", Rules(alphabetic_share=0.2)) is None
+    assert drop_reason('<?xml version="1.0"?>', "C", Rules(xml_head=5)) is None
+    assert drop_reason(page(99, 300), "HTML", Rules(html_text_length=99)) is None
+    assert drop_reason(page(100, 401), "HTML", Rules(html_text_share=0.1)) is None
+    assert drop_reason(DATA[:40], "JSON", Rules(data_shortest=40)) is None
+    assert drop_reason(DATA[:5001], "JSON", Rules(data_longest=5001)) is None
+
+
+@given(st.text())
+def test_letters_are_counted_alike_with_and_without_the_ascii_path(text):
+    assert _letters(text) == sum(character.isalpha() for character in text)
+
+
+@given(st.text(alphabet=st.sampled_from("<>/!-[]&;?'\" \nabcscriptstyle"), max_size=80))
+def test_no_html_stops_the_filter(html):
+    assert isinstance(visible_text(html), str)
+
+
+def test_visible_text():
+    html = """<!doctype html><html><head><title>T &amp; t</title><style>p {}</style>
+    <script>var hidden = "<p>no</p>";</script></head><body><!-- no --><p class="no">one  <b>two</b></p>three</body>"""
+    assert visible_text(html) == "T & t one two three"
+
+
+def test_hand_written_python_passes():
+    files = sorted(Path(asyncio.__file__).parent.glob("*.py"))
+    assert len(files) > 20
+    assert all(drop_reason(path.read_text(encoding="utf-8"), "Python", RULES) is None for path in files)
