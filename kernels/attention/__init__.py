@@ -1,0 +1,253 @@
+"""Exact attention over packed documents: the public functions, the custom ops, their autograd.
+
+Everything is packed attention. Sequences lie one after another in (total, heads, head_dim), and cu_seqlens, int32
+(documents + 1,), says where each begins and ends; a batch of equal lengths is a packing with equal steps. The fused
+projection (total, (heads + 2 kv_heads) * head_dim) is three strided views of one tensor. Autograd forbids an op that
+returns gradients aliasing each other, and three separate gradients would have to be copied together, so the fused form
+has an op of its own, whose backward fills the three views of a single dqkv.
+
+With S = scale Q K^T and lse = log sum exp(S), both backends keep (out, lse); either can run the other's backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import check, use_triton
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"]
+
+
+def _implementation(q: Tensor) -> Any:
+    """The Triton implementation, or the reference, which has the same two functions; only the first imports triton."""
+    unsupported = None
+    if q.shape[2] not in (16, 32, 64, 128):
+        unsupported = f"the Triton attention has head_dim 16, 32, 64 and 128, not {q.shape[2]}"
+    elif q.dtype == torch.float64:
+        unsupported = "the Triton kernels do not compute in float64"
+    if not use_triton(q, unsupported):
+        return reference
+    from . import portable
+
+    return portable
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy, with contiguous rows: the kernels take any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("deepseek_coder::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """-> out (total_q, heads, head_dim), lse (heads, total_q) fp32."""
+    return _implementation(q).attention(_rows(q), _rows(k), _rows(v), cu_seqlens_q, cu_seqlens_k, scale, causal)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.wide(q.dtype))
+
+
+@torch.library.custom_op("deepseek_coder::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _implementation(q).attention_backward(
+        dout.contiguous(), dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
+        cu_seqlens_q, cu_seqlens_k, scale, causal, dq, dk, dv,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    gradients = _attention_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal
+    )  # fmt: skip
+    return (*gradients, None, None, None, None)
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the fused tensor (total, (heads + 2 kv_heads) * head_dim) as q, k, v (total, heads, head_dim)."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v
+
+
+@torch.library.custom_op("deepseek_coder::attention_qkvpacked", mutates_args=())
+def _attention_qkvpacked(
+    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """-> out (total, heads * head_dim), lse (heads, total) fp32."""
+    q, k, v = _split(_rows(qkv), heads, kv_heads)
+    out, lse = _implementation(q).attention(q, k, v, cu_seqlens, cu_seqlens, scale, causal)
+    return out.flatten(1), lse
+
+
+@_attention_qkvpacked.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    columns = qkv.shape[1] // (heads + 2 * kv_heads) * heads
+    return qkv.new_empty(qkv.shape[0], columns), qkv.new_empty((heads, qkv.shape[0]), dtype=reference.wide(qkv.dtype))
+
+
+@torch.library.custom_op("deepseek_coder::attention_qkvpacked_backward", mutates_args=())
+def _attention_qkvpacked_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    heads: int, kv_heads: int, scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
+    q, k, v = _split(_rows(qkv), heads, kv_heads)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _implementation(q).attention_backward(
+        dout.contiguous().view(q.shape), torch.zeros_like(lse), q, k, v, out.view(q.shape), lse,
+        cu_seqlens, cu_seqlens, scale, causal, *_split(dqkv, heads, kv_heads),
+    )  # fmt: skip
+    return dqkv
+
+
+@_attention_qkvpacked_backward.register_fake
+def _(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    heads: int, kv_heads: int, scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_qkvpacked(ctx, inputs, output):
+    qkv, cu_seqlens, *ctx.constants = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+
+
+def _backward_qkvpacked(ctx, dout, _dlse):  # lse is not handed out, so nothing flows back into it
+    return _attention_qkvpacked_backward(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
+
+
+_attention_qkvpacked.register_autograd(_backward_qkvpacked, setup_context=_setup_qkvpacked)
+
+
+def _check_tensors(name: str, dim: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    fits = q.dim() == dim and k.dim() == dim and k.shape == v.shape and q.shape[-1] == k.shape[-1]
+    check(fits, f"{name}: {shapes} do not fit each other")
+    check(k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{name}: kv heads do not divide heads in {shapes}")
+    same = q.dtype == k.dtype == v.dtype and q.is_floating_point()
+    check(same, f"{name}: q, k, v need one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    check(q.device == k.device == v.device, f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}")
+
+
+def _check_lengths(name: str, x: Tensor, *cu_seqlens: Tensor) -> None:
+    for cu in cu_seqlens:
+        fits = cu.dim() == 1 and cu.shape[0] > 1 and cu.dtype == torch.int32 and cu.shape == cu_seqlens[0].shape
+        check(fits, f"{name}: cu_seqlens must be int32 (documents + 1,), not {cu.dtype} {tuple(cu.shape)}")
+        check(cu.device == x.device, f"{name}: cu_seqlens on {cu.device}, q on {x.device}")
+
+
+def _scale(softmax_scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale Q K^T) V within each document of a packed batch; FlashAttention's varlen conventions.
+
+    q (total_q, heads, head_dim), k and v (total_k, kv_heads, head_dim): fp16, bf16 or fp32 of any strides; heads a
+    multiple of kv_heads (query head h reads key head h * kv_heads // heads). cu_seqlens_*: int32 (documents + 1,), from 0
+    up to the total; repeated values are empty documents. Causal is aligned to the bottom right: query i of n sees key j
+    of m when j <= i + m - n. Rows that see no key give zeros (lse -inf). Scale: head_dim^-0.5 unless given.
+    `max_seqlen_*` are accepted for compatibility: no launch depends on them, None costs nothing. The backward uses no
+    atomics, so it is deterministic whether asked or not.
+
+    Returns out like q; with return_lse also lse (heads, total_q) fp32, natural logarithm, differentiable as well.
+    ValueError when shapes, dtypes or devices do not fit.
+    """
+    _check_tensors("flash_attn_varlen_func", 3, q, k, v)
+    _check_lengths("flash_attn_varlen_func", q, cu_seqlens_q, cu_seqlens_k)
+    out, lse = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(softmax_scale, q.shape[-1]), causal)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_varlen_func for a batch of equal lengths.
+
+    q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim). Returns out like q; with
+    return_lse also lse (batch, heads, seqlen_q) fp32. ValueError when shapes, dtypes or devices do not fit.
+    """
+    _check_tensors("flash_attn_func", 4, q, k, v)
+    check(q.shape[0] == k.shape[0], f"flash_attn_func: batches of {q.shape[0]} and {k.shape[0]} do not fit each other")
+    batch, queries, heads, head_dim = q.shape
+    steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    out, lse = _attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), steps * queries, steps * k.shape[1],
+        _scale(softmax_scale, head_dim), causal,
+    )  # fmt: skip
+    out = out.view(q.shape)
+    return (out, lse.view(heads, batch, queries).transpose(0, 1)) if return_lse else out
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+) -> Tensor:
+    """flash_attn_varlen_func on the fused projection, which is read in place and gets one gradient.
+
+    qkv (total, (num_heads + 2 num_kv_heads) * head_dim), each row [all q; all k; all v]. Returns (total, num_heads *
+    head_dim). Other arguments and errors as in flash_attn_varlen_func.
+    """
+    heads = num_heads + 2 * num_kv_heads
+    fits = qkv.dim() == 2 and num_kv_heads > 0 and num_heads % num_kv_heads == 0 and qkv.shape[1] % heads == 0
+    message = f"qkv {tuple(qkv.shape)} does not hold {num_heads} q and {num_kv_heads} k and v heads"
+    check(fits, f"flash_attn_varlen_qkvpacked_func: {message}")
+    check(qkv.is_floating_point(), f"flash_attn_varlen_qkvpacked_func: qkv must be floating point, not {qkv.dtype}")
+    _check_lengths("flash_attn_varlen_qkvpacked_func", qkv, cu_seqlens)
+    scale = _scale(softmax_scale, qkv.shape[1] // heads)
+    return _attention_qkvpacked(qkv, cu_seqlens, num_heads, num_kv_heads, scale, causal)[0]

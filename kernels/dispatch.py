@@ -1,0 +1,149 @@
+"""Which backend runs an op, and how Triton kernels wait until one is needed.
+
+Every op is a `torch.library` custom op with one implementation that chooses inside, when it runs: the graph that
+`torch.compile` sees is the same on every machine, and forward and backward may even use different backends, because
+both keep the same tensors.
+
+`import kernels` must not import triton: the import is slow, needs a GPU build of torch to make sense, and reads
+TRITON_INTERPRET once and for all. But a kernel should stand in the same file as its op. So a kernel is a plain
+function wrapped in `Kernel`, which hands it to `triton.jit` at the first launch.
+"""
+
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, overload
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+
+_lock = threading.Lock()
+_warned: set[str] = set()
+_chosen: str | None = None  # set by the context manager; process-wide, since autograd runs backward in other threads
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"kernel backend {name!r} does not exist; choose one of: {', '.join(BACKENDS)}")
+    return name
+
+
+def requested() -> str:
+    """The name asked for: by the context manager, else by DEEPSEEK_CODER_KERNELS, else "auto"."""
+    return _chosen if _chosen is not None else _check_name(os.environ.get("DEEPSEEK_CODER_KERNELS") or "auto")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why triton cannot be imported, or None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a triton that does not fit the driver or the Python raises many kinds
+        return f"triton does not import ({error})"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter on the CPU. Must be set before triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _warn_once(reason: str) -> None:
+    with _lock:
+        if reason in _warned:
+            return
+        _warned.add(reason)
+    warnings.warn(f"kernels: using the plain PyTorch reference, since {reason}", RuntimeWarning, stacklevel=3)
+
+
+def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
+    """Whether the op that was given `tensor` runs its Triton kernel (True) or the reference (False).
+
+    `unsupported` says why the Triton kernel cannot take these inputs: `auto` then warns once and uses the reference.
+    ValueError where the backend was asked for by name and cannot serve.
+    """
+    name = requested()
+    if name == "reference":
+        return False
+    if name == "auto":
+        if tensor.device.type != "cuda":
+            return False
+        reason = triton_missing() or unsupported
+        if reason:
+            _warn_once(reason)
+        return reason is None
+    if tensor.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"kernel backend 'triton' was asked for, but the tensors are on {tensor.device}: move them to a GPU, choose "
+            "'auto' or 'reference', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels slowly"
+        )
+    reason = triton_missing() or unsupported
+    if reason:
+        raise ValueError(f"kernel backend 'triton' was asked for, but {reason}")
+    return True
+
+
+@contextmanager
+def _choose(name: str) -> Iterator[None]:
+    global _chosen
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@overload
+def backend(name: None = None) -> str: ...
+@overload
+def backend(name: str) -> AbstractContextManager[None]: ...
+def backend(name: str | None = None) -> str | AbstractContextManager[None]:
+    """The kernel backend in use, or a context manager that chooses one.
+
+    `backend()` returns "triton" or "reference": what was asked for, or what `auto` takes on this machine.
+    `with backend("reference"): ...` chooses for the whole process (not for one thread) until the block ends.
+    Without it DEEPSEEK_CODER_KERNELS decides; values: auto, triton, reference. ValueError for any other name.
+    """
+    if name is not None:
+        return _choose(_check_name(name))
+    if requested() != "auto":
+        return requested()
+    return "triton" if torch.cuda.is_available() and triton_missing() is None else "reference"
+
+
+class Kernel:
+    """A Triton kernel that imports triton when it is first launched: `kernel[grid](...)`, as with `triton.jit`.
+
+    The function's module names the language `tl`; it is put there then. Annotations are strings ("tl.constexpr").
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @functools.cached_property
+    def jit(self) -> Any:
+        import triton
+        import triton.language as tl
+
+        self.function.__globals__["tl"] = tl
+        return triton.jit(self.function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self.jit[grid]
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def check(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition`: for what a caller got wrong."""
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,154 @@
+"""The head's matrix product and the cross-entropy, without ever holding all logits.
+
+    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, CHUNK_ELEMENTS at a time
+    loss = sum over valid tokens of  lse - logits[target] + z_loss * lse^2,    lse = log sum exp(logits), fp32
+    dlogits = softmax(logits) * (1 + 2 z_loss lse) - onehot(target)            zero for ignored tokens
+    dhidden = dlogits weight,    dweight = dlogits^T hidden
+
+The trick: dlogits depends on the incoming gradient only through one scalar factor, so both gradients can be made in the
+forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's logits
+with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32: in bf16 the later
+chunks would vanish in the rounding of the sum.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import Kernel, check, next_power_of_2, use_triton
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+CHUNK_ELEMENTS = 2**26  # logits held at a time: 2048 tokens of a vocabulary of 32K, 128 MiB in bf16
+
+
+@Kernel
+def _cross_entropy_kernel(
+    logits, targets, losses, row_stride, vocab, ignore_index, z_loss, GRADIENT: "tl.constexpr", BLOCK: "tl.constexpr"
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = logits + row * row_stride
+    at = tl.arange(0, BLOCK)
+    target = tl.load(targets + row).to(tl.int64)
+    if target == ignore_index:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, vocab, BLOCK):
+                tl.store(x + start + at, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=start + at < vocab)
+    else:
+        # Read before anything is overwritten; a target outside the vocabulary gives NaN, not a stray read.
+        exists = (target >= 0) & (target < vocab)
+        picked = tl.load(x + target, mask=exists, other=float("nan")).to(tl.float32)
+        m = -float("inf")
+        total = 0.0
+        for start in range(0, vocab, BLOCK):
+            block = tl.load(x + start + at, mask=start + at < vocab, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(m, tl.max(block, axis=0))
+            total = total * tl.exp(m - new) + tl.sum(tl.exp(block - new), axis=0)
+            m = new
+        lse = m + tl.log(total)
+        z = tl.cast(z_loss, tl.float32)
+        tl.store(losses + row, lse - picked + z * lse * lse)
+        if GRADIENT:
+            factor = 1.0 + 2.0 * z * lse
+            for start in range(0, vocab, BLOCK):
+                mask = start + at < vocab
+                block = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
+                d = tl.exp(block - lse) * factor - tl.where(start + at == target, 1.0, 0.0)
+                tl.store(x + start + at, d.to(logits.dtype.element_ty), mask=mask)
+
+
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, z_loss: float, gradient: bool
+) -> None:
+    """reference.cross_entropy_, by whichever backend is chosen."""
+    unsupported = "the Triton kernels do not compute in float64" if logits.dtype == torch.float64 else None
+    if use_triton(logits, unsupported):
+        block = min(4096, next_power_of_2(logits.shape[1]))
+        _cross_entropy_kernel[(logits.shape[0],)](
+            logits, targets, losses, logits.stride(0), logits.shape[1], ignore_index, z_loss,
+            GRADIENT=gradient, BLOCK=block, num_warps=8,
+        )  # fmt: skip
+    else:
+        reference.cross_entropy_(logits, targets, losses, ignore_index, z_loss, gradient)
+
+
+@torch.library.custom_op("deepseek_coder::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, need_dhidden: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss sum, count, and the gradients for an incoming gradient of 1 (dweight in fp32), empty if not needed."""
+    tokens, vocab = hidden.shape[0], weight.shape[0]
+    wide = reference.wide(hidden.dtype)
+    losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+    dhidden = torch.empty(hidden.shape if need_dhidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    dweight = torch.zeros(weight.shape if need_dweight else (0,), dtype=wide, device=hidden.device)
+    targets = targets.contiguous()
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    for first in range(0, tokens, step):
+        chunk = slice(first, min(first + step, tokens))
+        logits = hidden[chunk] @ weight.t()  # (step, vocab)
+        _cross_entropy_(logits, targets[chunk], losses[chunk], ignore_index, z_loss, need_dhidden or need_dweight)
+        if need_dhidden:
+            torch.mm(logits, weight, out=dhidden[chunk])
+        if need_dweight:
+            dweight += logits.t() @ hidden[chunk]
+    return losses.sum(), (targets != ignore_index).sum(), dhidden, dweight
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, need_dhidden: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = reference.wide(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        hidden.new_empty(weight.shape if need_dweight else (0,), dtype=wide),
+    )
+
+
+def _setup(ctx, inputs, output):
+    ctx.need_dhidden, ctx.need_dweight = inputs[5:]
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, dloss, _dcount, _ddhidden, _ddweight):
+    dhidden, dweight = ctx.saved_tensors
+    # The factor, 1 / tokens as a rule, must not be rounded to 16 bits first.
+    dhidden = (dhidden.to(dloss.dtype) * dloss).to(ctx.dtype) if ctx.need_dhidden else None
+    dweight = (dweight * dloss).to(ctx.dtype) if ctx.need_dweight else None
+    return dhidden, dweight, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of softmax(hidden weight^T), and how many tokens it is over.
+
+    hidden (tokens, d) and weight (vocab, d) of one dtype, targets (tokens,) int64, `ignore_index` or in [0, vocab).
+    z_loss adds z_loss * lse^2 per token (PaLM, arXiv 2204.02311, section 5).
+
+    Returns loss_sum, an fp32 scalar differentiable once with respect to hidden and weight, and count, an int64 scalar
+    that is not; both stay on the device. A count of 0 gives loss 0 and zero gradients. A target outside the vocabulary
+    is an error on the CPU and gives NaN in the kernel. ValueError when shapes, dtypes or devices do not fit.
+    """
+    fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    check(fits, f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
+    fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
+    check(fits, f"linear_cross_entropy: targets must be int64 ({hidden.shape[0]},), not {tuple(targets.shape)}")
+    same = weight.dtype == hidden.dtype and weight.device == hidden.device == targets.device
+    check(same, f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype}")
+    grad = torch.is_grad_enabled()
+    loss, count, _, _ = _linear_cross_entropy(
+        hidden, weight, targets, ignore_index, z_loss, grad and hidden.requires_grad, grad and weight.requires_grad
+    )
+    return loss, count

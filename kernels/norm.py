@@ -1,0 +1,174 @@
+"""RMSNorm, with the residual addition before it.
+
+    h = x + residual                        (only when residual is given; rounded to x.dtype)
+    rstd = 1 / sqrt(mean(h^2) + eps)        fp32
+    y = weight * round(h * rstd)            round: to x.dtype, as transformers' Llama does
+
+Backward, with n = h * rstd and g = dy * weight:
+
+    dh = rstd * (g - n * mean(g * n)) + dsum        dsum: gradient of the returned sum
+    dweight = sum over rows of dy * round(n)
+
+The hard part is dweight: a sum over rows where rows are the parallel dimension. Atomics would make its last bits depend
+on the order of arrival, so each program walks its own rows, keeps its sum in registers, and writes one row of a small
+fp32 matrix that is summed afterwards.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import Kernel, check, next_power_of_2, use_triton
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+BACKWARD_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors; a constant, so that sums do not vary
+
+
+@Kernel
+def _forward_kernel(
+    x, residual, weight, y, total, rstd, x_stride, residual_stride, columns, eps,
+    HAS_RESIDUAL: "tl.constexpr", BLOCK: "tl.constexpr",
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    h = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
+        h = h.to(total.dtype.element_ty)
+        tl.store(total + row * columns + at, h, mask=mask)
+        h = h.to(tl.float32)
+    # eps reaches a compiled graph as fp64 and would promote all of this
+    scale = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=0) / columns + tl.cast(eps, tl.float32))
+    tl.store(rstd + row, scale)
+    normed = (h * scale).to(y.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
+
+
+@Kernel
+def _backward_kernel(
+    dy, dsum, x, weight, rstd, dx, partial, rows, x_stride, columns,
+    HAS_DSUM: "tl.constexpr", BLOCK: "tl.constexpr",
+):  # fmt: skip
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        scale = tl.load(rstd + row)
+        n = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32) * scale
+        d = tl.load(dy + row * columns + at, mask=mask, other=0.0).to(tl.float32)
+        dw += d * n.to(dx.dtype.element_ty).to(tl.float32)
+        g = d * w
+        result = scale * (g - n * (tl.sum(g * n, axis=0) / columns))
+        if HAS_DSUM:
+            result += tl.load(dsum + row * columns + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + row * columns + at, result.to(dx.dtype.element_ty), mask=mask)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * columns + at, dw, mask=mask)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def _unsupported(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "the Triton kernels do not compute in float64"
+    return "a row of more than 65536 elements does not fit one program" if x.shape[1] > 65536 else None
+
+
+@torch.library.custom_op("deepseek_coder::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y (rows, columns), rstd (rows,) fp32, and x + residual, empty without a residual."""
+    if not use_triton(x, _unsupported(x)):
+        total = x.new_empty(0) if residual is None else x + residual
+        return (*reference.rms_norm(x if residual is None else total, weight, eps), total)
+    rows, columns = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    total = torch.empty((rows, columns) if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        block = next_power_of_2(columns)
+        _forward_kernel[(rows,)](
+            x, x if residual is None else residual, weight.contiguous(), y, total, rstd,
+            x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return y, rstd, total
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rstd = x.new_empty(x.shape[0], dtype=reference.wide(x.dtype))
+    return x.new_empty(x.shape), rstd, x.new_empty(x.shape if residual is not None else (0,))
+
+
+@torch.library.custom_op("deepseek_coder::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not use_triton(x, _unsupported(x)):
+        return reference.rms_norm_backward(dy, dsum, x, weight, rstd)
+    rows, columns = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    programs = min(rows, BACKWARD_PROGRAMS)
+    partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
+    if rows:
+        block = next_power_of_2(columns)
+        _backward_kernel[(programs,)](
+            dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
+            rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+@_rms_norm_backward.register_fake
+def _(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _, residual = inputs
+    _, rstd, total = output
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
+
+
+def _backward(ctx, dy, _drstd, dtotal):
+    x, weight, rstd = ctx.saved_tensors
+    dx, dweight = _rms_norm_backward(dy, dtotal if ctx.has_residual else None, x, weight, rstd)
+    return dx, dweight, None, dx if ctx.has_residual else None
+
+
+_rms_norm.register_autograd(_backward, setup_context=_setup)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension; with a residual, of x + residual.
+
+    x, residual (..., columns), weight (columns,): one dtype and device. Statistics in fp32; the normalised value is
+    rounded to x.dtype before the product with weight, as in transformers' Llama. Differentiable; the weight's gradient
+    is summed in fp32 in a fixed order.
+
+    Returns y, or (y, x + residual) when a residual is given. ValueError when shapes, dtypes or devices do not fit.
+    """
+    check(weight.shape == x.shape[-1:], f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    check(x.is_floating_point(), f"rms_norm: x must be floating point, not {x.dtype}")
+    same = weight.dtype == x.dtype and weight.device == x.device
+    check(same, f"rms_norm: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
+    rows = x.reshape(-1, x.shape[-1])
+    if residual is None:
+        return _rms_norm(rows, weight, eps, None)[0].view(x.shape)
+    same = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    check(same, f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be like x {tuple(x.shape)} {x.dtype}")
+    y, _, total = _rms_norm(rows, weight, eps, residual.reshape(rows.shape))
+    return y.view(x.shape), total.view(x.shape)
