@@ -88,7 +88,7 @@ class GGUFFile(Checkpoint):
         stored = self._stored[name]
         raw = self._data[stored.begin : stored.begin + stored.size]
         if stored.kind in _UNQUANTISED:
-            # torch.frombuffer would keep the whole file mapped per tensor; numpy has no bfloat16.
+            # numpy has no bfloat16, so the bits travel as integers.
             bits = torch.from_numpy(raw.view(np.int32 if stored.kind == 0 else np.int16))
             tensor = bits.view(_UNQUANTISED[stored.kind][1]).reshape(stored.shape)
         else:

@@ -130,8 +130,8 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[in
         elif role == "user":
             text += f"### Instruction:\n{content}\n"
         elif role == "assistant":
-            ids += tokenizer.encode(f"{text}### Response:\n{content}\n") + [tokenizer.require(eot, EOT)]
+            ids += [*tokenizer.encode(f"{text}### Response:\n{content}\n"), tokenizer.require(eot, EOT)]
             text = "\n"
         else:
             raise ValueError(f"chat message with role {role!r}; roles are system, user and assistant")
-    return ids + tokenizer.encode(text + "### Response:\n")
+    return [*ids, *tokenizer.encode(text + "### Response:\n")]

@@ -83,9 +83,9 @@ def _order_component(component: list[str], edges: Edges) -> list[str]:
     heapq.heapify(heap)
     ordered = []
     while heap:
-        count, path = heapq.heappop(heap)
-        if missing.get(path) != count:
-            continue  # its in-degree fell since this entry was pushed, or it is placed already
+        _, path = heapq.heappop(heap)
+        if path not in missing:
+            continue  # placed already: every fall of its in-degree pushed an entry, and the lowest came first
         del missing[path]
         ordered.append(path)
         for dependent in dependents[path]:
@@ -118,10 +118,10 @@ def concatenate(files: Iterable[tuple[str, str]]) -> str:
 # do not parse. The 1.4% it finds too much, in strings, mostly name nothing in the repository. Inside the parentheses
 # only names and comments are allowed, so that an unclosed one cannot make the search run over the rest of the file.
 _STATEMENT = re.compile(
-    r"""(?:^|;)[ \t]*(?:
+    r"""(?:^|;)[ \t]*+(?:
         import[ \t]+(?P<modules>(?:[^\n#;\\]|\\\n)+)
-      | from\b[ \t]*(?P<dots>[. \t]*)(?P<module>[\w.]*)[ \t]*\bimport\b[ \t]*
-        (?:\((?P<many>(?:[\w\s,.*\\]|\#[^\n]*)*)\)|(?P<names>(?:[^\n#;(\\]|\\\n)+))
+      | from\b(?P<dots>[. \t]*+)(?P<module>(?:(?!import\b)[\w.]++)?)[ \t]*+import\b[ \t]*
+        (?:\((?P<many>(?:[\w\s,.*\\]|\#[^\n]*+)*+)\)|(?P<names>(?:[^\n#;(\\]|\\\n)+))
     )""",
     re.MULTILINE | re.VERBOSE,
 )

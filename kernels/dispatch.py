@@ -81,8 +81,8 @@ def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
         return reason is None
     if tensor.device.type != "cuda" and not interpreting():
         raise ValueError(
-            f"kernel backend 'triton' was asked for, but the tensors are on {tensor.device}: move them to a GPU, choose "
-            "'auto' or 'reference', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels slowly"
+            f"kernel backend 'triton' was asked for, but the tensors are on {tensor.device}: move them to a GPU, "
+            "choose 'auto' or 'reference', or set TRITON_INTERPRET=1 before starting Python (slow: for tests)"
         )
     reason = triton_missing() or unsupported
     if reason:
@@ -121,7 +121,8 @@ def backend(name: str | None = None) -> str | AbstractContextManager[None]:
 class Kernel:
     """A Triton kernel that imports triton when it is first launched: `kernel[grid](...)`, as with `triton.jit`.
 
-    The function's module names the language `tl`; it is put there then. Annotations are strings ("tl.constexpr").
+    The function's module names the language `tl`; it is put there then. Until then annotations cannot be evaluated:
+    the module begins with `from __future__ import annotations`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -143,7 +144,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def check(condition: bool, message: str) -> None:
-    """ValueError with `message` unless `condition`: for what a caller got wrong."""
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """ValueError with `message()` unless `condition`: for what a caller got wrong.
+
+    A message that is made in vain costs time, and under torch.compile it would fix every length that it prints.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())

@@ -6,10 +6,12 @@
     dhidden = dlogits weight,    dweight = dlogits^T hidden
 
 The trick: dlogits depends on the incoming gradient only through one scalar factor, so both gradients can be made in the
-forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's logits
-with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32: in bf16 the later
-chunks would vanish in the rounding of the sum.
+forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's
+logits with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32: in bf16 the
+later chunks would vanish in the rounding of the sum.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ CHUNK_ELEMENTS = 2**26  # logits held at a time: 2048 tokens of a vocabulary of 
 
 @Kernel
 def _cross_entropy_kernel(
-    logits, targets, losses, row_stride, vocab, ignore_index, z_loss, GRADIENT: "tl.constexpr", BLOCK: "tl.constexpr"
+    logits, targets, losses, row_stride, vocab, ignore_index, z_loss, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * row_stride
@@ -78,7 +80,13 @@ def _cross_entropy_(
 
 @torch.library.custom_op("deepseek_coder::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, need_dhidden: bool, need_dweight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> loss sum, count, and the gradients for an incoming gradient of 1 (dweight in fp32), empty if not needed."""
     tokens, vocab = hidden.shape[0], weight.shape[0]
@@ -101,7 +109,13 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, need_dhidden: bool, need_dweight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = reference.wide(hidden.dtype)
     return (
@@ -142,11 +156,11 @@ def linear_cross_entropy(
     is an error on the CPU and gives NaN in the kernel. ValueError when shapes, dtypes or devices do not fit.
     """
     fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
-    check(fits, f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
+    check(fits, lambda: f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
-    check(fits, f"linear_cross_entropy: targets must be int64 ({hidden.shape[0]},), not {tuple(targets.shape)}")
+    check(fits, lambda: f"linear_cross_entropy: targets must be int64 ({hidden.shape[0]},), not {tuple(targets.shape)}")
     same = weight.dtype == hidden.dtype and weight.device == hidden.device == targets.device
-    check(same, f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype}")
+    check(same, lambda: f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype}")
     grad = torch.is_grad_enabled()
     loss, count, _, _ = _linear_cross_entropy(
         hidden, weight, targets, ignore_index, z_loss, grad and hidden.requires_grad, grad and weight.requires_grad

@@ -14,6 +14,8 @@ on the order of arrival, so each program walks its own rows, keeps its sum in re
 fp32 matrix that is summed afterwards.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +33,7 @@ BACKWARD_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors; a cons
 @Kernel
 def _forward_kernel(
     x, residual, weight, y, total, rstd, x_stride, residual_stride, columns, eps,
-    HAS_RESIDUAL: "tl.constexpr", BLOCK: "tl.constexpr",
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -53,7 +55,7 @@ def _forward_kernel(
 @Kernel
 def _backward_kernel(
     dy, dsum, x, weight, rstd, dx, partial, rows, x_stride, columns,
-    HAS_DSUM: "tl.constexpr", BLOCK: "tl.constexpr",
+    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     mask = at < columns
@@ -161,14 +163,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Returns y, or (y, x + residual) when a residual is given. ValueError when shapes, dtypes or devices do not fit.
     """
-    check(weight.shape == x.shape[-1:], f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    check(x.is_floating_point(), f"rms_norm: x must be floating point, not {x.dtype}")
+    check(
+        weight.shape == x.shape[-1:], lambda: f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
+    )
+    check(x.is_floating_point(), lambda: f"rms_norm: x must be floating point, not {x.dtype}")
     same = weight.dtype == x.dtype and weight.device == x.device
-    check(same, f"rms_norm: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
+    check(same, lambda: f"rms_norm: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
     rows = x.reshape(-1, x.shape[-1])
     if residual is None:
         return _rms_norm(rows, weight, eps, None)[0].view(x.shape)
     same = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-    check(same, f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be like x {tuple(x.shape)} {x.dtype}")
+    check(
+        same,
+        lambda: (
+            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be like x {tuple(x.shape)} {x.dtype}"
+        ),
+    )
     y, _, total = _rms_norm(rows, weight, eps, residual.reshape(rows.shape))
     return y.view(x.shape), total.view(x.shape)

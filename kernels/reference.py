@@ -22,9 +22,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:  # (rows, heads, head_dim) -> (kv_heads, group * rows, head_dim)
-    rows, heads, head_dim = x.shape
-    x = x.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)
-    return x.reshape(kv_heads, -1, head_dim).to(wide(x.dtype))
+    x = x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    return x.flatten(1, 2).to(wide(x.dtype))
 
 
 def _ungrouped(x: Tensor, rows: int) -> Tensor:  # (kv_heads, group * rows, head_dim) -> (rows, heads, head_dim)
@@ -93,7 +92,7 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Fills dq, dk, dv. With P = exp(S - lse): dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, and so on."""
+    """Fills dq, dk, dv. With P = exp(S - lse): dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, ..."""
     dtype, kv_heads = wide(q.dtype), k.shape[1]
     for gradient in (dq, dk, dv):
         gradient.zero_()
@@ -125,9 +124,18 @@ def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[int, in
 
 
 def cached_attention_by_sequence(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], block_table: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: list[int],
+    block_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a cache whose lengths the host knows: only used keys are touched. -> out, lse (batch, heads, queries)."""
+    """Attention over a cache whose lengths the host knows: only used keys are touched.
+
+    -> out like q (batch, queries, heads, head_dim), lse (batch, heads, queries).
+    """
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
     for row, length in enumerate(lengths):
@@ -183,7 +191,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (x_wide * rstd).to(x.dtype), rstd.squeeze(-1)
 
 
-def rms_norm_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """-> dx (plus dsum, the gradient that reaches x by the residual stream), dweight."""
     dtype = wide(x.dtype)
     normed = x.to(dtype) * rstd[:, None]

@@ -9,10 +9,13 @@ rotation of the gradient: the backward needs nothing but the positions.
 
 The hard part is autograd of an op that writes its input. `register_autograd` refuses mutating ops, and a mutating op
 without it passes gradients through as if it were the identity, silently. So the mutating custom op (opaque to
-autograd) stands inside an `autograd.Function` that declares the write with `mark_dirty`. Compiled by torch 2.11 that is
-right only for callers who go on with the returned tensor: through the argument's own name gradients again pass
-unrotated. Compiled code therefore rotates a copy and writes it back with `copy_`, which every version understands.
+autograd) stands inside an `autograd.Function` that declares the write with `mark_dirty`. That is right in eager code
+only: compiled by torch 2.11, callers who go on with the argument instead of the result get unrotated gradients, and
+torch 2.13 refuses to trace `mark_dirty` where no gradient is wanted. Compiled code therefore calls an op that rotates a
+copy, and writes the result back with `copy_`, which every version understands, and which the compiler removes.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
 @Kernel
 def _kernel(
-    x, positions, inverse_frequencies, row_stride, heads, sign, HALF: "tl.constexpr", BLOCK: "tl.constexpr",
-    HEADS: "tl.constexpr",
+    x, positions, inverse_frequencies, row_stride, heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -72,6 +75,31 @@ def _(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, heads: int, inv
     return None
 
 
+@torch.library.custom_op("deepseek_coder::rope", mutates_args=())
+def _rope(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, heads: int, inverse: bool) -> Tensor:
+    """The same on a copy of x."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    _rope_(out, positions, inverse_frequencies, heads, inverse)
+    return out
+
+
+@_rope.register_fake
+def _(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, heads: int, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output):
+    _, positions, inverse_frequencies, ctx.heads, ctx.inverse = inputs
+    ctx.save_for_backward(positions, inverse_frequencies)
+
+
+def _backward(ctx, gradient):
+    return _rope(gradient, *ctx.saved_tensors, ctx.heads, not ctx.inverse), None, None, None, None
+
+
+_rope.register_autograd(_backward, setup_context=_setup)
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, positions, inverse_frequencies, heads):
@@ -83,9 +111,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be shared, or of stride 0
-        _rope_(gradient, *ctx.saved_tensors, ctx.heads, True)
-        return gradient, None, None, None
+        return _rope(gradient, *ctx.saved_tensors, ctx.heads, True), None, None, None
 
 
 def inverse_frequencies(head_dim: int, theta: float, factor: float, device: torch.device) -> Tensor:
@@ -101,19 +127,19 @@ def apply_rope(
 
     qkv (total, (num_heads + 2 num_kv_heads) * head_dim), rows [all q; all k; all v]; positions (total,) integers;
     half-split pairs; linear scaling by `factor` at every length (Chen et al., arXiv 2306.15595, section 3.2). Angles,
-    cosines and sines are fp32. Differentiable, also under torch.compile; as with every in-place op, a leaf that requires
-    a gradient is refused.
+    cosines and sines are fp32. Differentiable, also under torch.compile; as with every in-place op, a leaf that
+    requires a gradient is refused.
 
     ValueError when shapes, dtypes or devices do not fit.
     """
     heads = num_heads + 2 * num_kv_heads
     fits = qkv.dim() == 2 and qkv.shape[1] % heads == 0 and (qkv.shape[1] // heads) % 2 == 0
-    check(fits, f"apply_rope: qkv {tuple(qkv.shape)} is not (total, {heads} heads * an even head_dim)")
-    check(qkv.is_floating_point(), f"apply_rope: qkv must be floating point, not {qkv.dtype}")
+    check(fits, lambda: f"apply_rope: qkv {tuple(qkv.shape)} is not (total, {heads} heads * an even head_dim)")
+    check(qkv.is_floating_point(), lambda: f"apply_rope: qkv must be floating point, not {qkv.dtype}")
     fits = positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64)
-    check(fits, f"apply_rope: positions must be int32 or int64 ({qkv.shape[0]},), not {tuple(positions.shape)}")
-    check(positions.device == qkv.device, f"apply_rope: positions on {positions.device}, qkv on {qkv.device}")
+    check(fits, lambda: f"apply_rope: positions must be int32 or int64 ({qkv.shape[0]},), not {tuple(positions.shape)}")
+    check(positions.device == qkv.device, lambda: f"apply_rope: positions on {positions.device}, qkv on {qkv.device}")
     frequencies = inverse_frequencies(qkv.shape[1] // heads, theta, factor, qkv.device)
     if torch.compiler.is_compiling():
-        return qkv.copy_(_Rope.apply(qkv.clone(), positions, frequencies, num_heads + num_kv_heads))
+        return qkv.copy_(_rope(qkv, positions, frequencies, num_heads + num_kv_heads, False))
     return _Rope.apply(qkv, positions, frequencies, num_heads + num_kv_heads)

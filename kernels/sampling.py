@@ -29,13 +29,15 @@ def sample(
     """One token id per row: logits (rows, vocab) -> (rows,) int64.
 
     Every parameter is a number or a tensor (rows,). temperature 0: the likeliest token, whatever the filters say; then,
-    on the tempered distribution, in this order: top_k (0: off) keeps the k likeliest, top_p (1: off) the fewest likeliest
-    whose probabilities, scaled to sum 1, reach p, min_p (0: off) those at least min_p times as likely as the likeliest.
-    seeds: integers; one per row and step.
+    on the tempered distribution, in this order: top_k (0: off) keeps the k likeliest, top_p (1: off) the fewest
+    likeliest whose probabilities, scaled to sum 1, reach p, min_p (0: off) those at least min_p times as likely as the
+    likeliest. seeds: integers; one per row and step.
 
     ValueError for wrong shapes and for numbers out of range (tensors are not looked into: that would wait for the GPU).
     """
-    check(logits.dim() == 2 and logits.is_floating_point(), f"sample: logits {tuple(logits.shape)} {logits.dtype}")
+    check(
+        logits.dim() == 2 and logits.is_floating_point(), lambda: f"sample: logits {tuple(logits.shape)} {logits.dtype}"
+    )
     ranges = {
         "temperature": (temperature, 0.0, float("inf")),
         "top_k": (top_k, 0, float("inf")),
@@ -43,8 +45,8 @@ def sample(
         "min_p": (min_p, 0.0, 1.0),
     }
     for name, (value, low, high) in ranges.items():
-        if not isinstance(value, Tensor):
-            check(low <= value <= high, f"sample: {name} {value} is outside [{low}, {high}]")
+        if not isinstance(value, Tensor) and not low <= value <= high:
+            raise ValueError(f"sample: {name} {value} is outside [{low}, {high}]")
     if not isinstance(temperature, Tensor) and temperature == 0:
         return logits.argmax(-1)
     t = _per_row(temperature, logits, torch.float32, "temperature")
@@ -63,6 +65,9 @@ def _per_row(value: float | Tensor, logits: Tensor, dtype: torch.dtype, name: st
     rows = logits.shape[0]
     if not isinstance(value, Tensor):
         return torch.full((rows,), value, dtype=dtype, device=logits.device)
-    check(value.dim() == 0 or value.shape == (rows,), f"sample: {name} {tuple(value.shape)} is not one for each of {rows} rows")
-    check(value.device == logits.device, f"sample: {name} on {value.device}, logits on {logits.device}")
+    check(
+        value.dim() == 0 or value.shape == (rows,),
+        lambda: f"sample: {name} {tuple(value.shape)} is not one for each of {rows} rows",
+    )
+    check(value.device == logits.device, lambda: f"sample: {name} on {value.device}, logits on {logits.device}")
     return value.to(dtype).expand(rows)

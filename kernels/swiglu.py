@@ -9,6 +9,8 @@ Both passes compute in fp32 and round once. The backward reads gate and up again
 is bound by memory, and the exponential is free.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,7 @@ BLOCK = 1024
 
 
 @Kernel
-def _forward_kernel(gate_up, y, row_stride, columns, BLOCK: "tl.constexpr"):
+def _forward_kernel(gate_up, y, row_stride, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
@@ -35,7 +37,7 @@ def _forward_kernel(gate_up, y, row_stride, columns, BLOCK: "tl.constexpr"):
 
 
 @Kernel
-def _backward_kernel(dy, gate_up, dgate_up, row_stride, columns, BLOCK: "tl.constexpr"):
+def _backward_kernel(dy, gate_up, dgate_up, row_stride, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
@@ -105,7 +107,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     ValueError unless the last dimension is even and the dtype floating point.
     """
-    check(gate_up.is_floating_point(), f"swiglu: gate_up must be floating point, not {gate_up.dtype}")
-    check(gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, f"swiglu: odd last dimension in {tuple(gate_up.shape)}")
+    check(gate_up.is_floating_point(), lambda: f"swiglu: gate_up must be floating point, not {gate_up.dtype}")
+    check(
+        gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0,
+        lambda: f"swiglu: odd last dimension in {tuple(gate_up.shape)}",
+    )
     y = _swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
     return y.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

@@ -101,11 +101,11 @@ class Recipe:
                 config = ModelConfig.released(self.model.released)
             except KeyError as error:
                 raise ValueError(f"model.released: {error.args[0]}") from None
-            shape = {
+            padded: dict[str, Any] = {
                 "vocab_size": max(rows, config.vocab_size),
                 "max_position_embeddings": self.data.window,
             }
-            return dataclasses.replace(config, **sizes, **rope, **special)
+            return dataclasses.replace(config, **padded, **rope, **special)
         sizes: dict[str, Any] = {
             key: getattr(self.model, key)
             for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")

@@ -108,9 +108,7 @@ def _attention_qkvpacked(
 
 
 @_attention_qkvpacked.register_fake
-def _(
-    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     columns = qkv.shape[1] // (heads + 2 * kv_heads) * heads
     return qkv.new_empty(qkv.shape[0], columns), qkv.new_empty((heads, qkv.shape[0]), dtype=reference.wide(qkv.dtype))
 
@@ -150,20 +148,27 @@ _attention_qkvpacked.register_autograd(_backward_qkvpacked, setup_context=_setup
 
 
 def _check_tensors(name: str, dim: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    def shapes() -> str:
+        return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
     fits = q.dim() == dim and k.dim() == dim and k.shape == v.shape and q.shape[-1] == k.shape[-1]
-    check(fits, f"{name}: {shapes} do not fit each other")
-    check(k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{name}: kv heads do not divide heads in {shapes}")
+    check(fits, lambda: f"{name}: {shapes()} do not fit each other")
+    fits = k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0
+    check(fits, lambda: f"{name}: kv heads do not divide heads in {shapes()}")
     same = q.dtype == k.dtype == v.dtype and q.is_floating_point()
-    check(same, f"{name}: q, k, v need one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    check(q.device == k.device == v.device, f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}")
+    check(same, lambda: f"{name}: q, k, v need one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    same = q.device == k.device == v.device
+    check(same, lambda: f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}")
 
 
-def _check_lengths(name: str, x: Tensor, *cu_seqlens: Tensor) -> None:
-    for cu in cu_seqlens:
-        fits = cu.dim() == 1 and cu.shape[0] > 1 and cu.dtype == torch.int32 and cu.shape == cu_seqlens[0].shape
-        check(fits, f"{name}: cu_seqlens must be int32 (documents + 1,), not {cu.dtype} {tuple(cu.shape)}")
-        check(cu.device == x.device, f"{name}: cu_seqlens on {cu.device}, q on {x.device}")
+def _check_lengths(name: str, x: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    fits = cu_q.dim() == 1 and cu_q.shape[0] > 1 and cu_q.shape == cu_k.shape
+    check(fits, lambda: f"{name}: cu_seqlens {tuple(cu_q.shape)} and {tuple(cu_k.shape)} must be (documents + 1,) both")
+    same = cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.device == cu_k.device == x.device
+    check(
+        same,
+        lambda: f"{name}: cu_seqlens must be int32 on {x.device}, not {cu_q.dtype}, {cu_k.dtype} on {cu_q.device}",
+    )
 
 
 def _scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -186,9 +191,9 @@ def flash_attn_varlen_func(
     """softmax(scale Q K^T) V within each document of a packed batch; FlashAttention's varlen conventions.
 
     q (total_q, heads, head_dim), k and v (total_k, kv_heads, head_dim): fp16, bf16 or fp32 of any strides; heads a
-    multiple of kv_heads (query head h reads key head h * kv_heads // heads). cu_seqlens_*: int32 (documents + 1,), from 0
-    up to the total; repeated values are empty documents. Causal is aligned to the bottom right: query i of n sees key j
-    of m when j <= i + m - n. Rows that see no key give zeros (lse -inf). Scale: head_dim^-0.5 unless given.
+    multiple of kv_heads (query head h reads key head h * kv_heads // heads). cu_seqlens_*: int32 (documents + 1,), from
+    0 up to the total; repeated values are empty documents. Causal is aligned to the bottom right: query i of n sees key
+    j of m when j <= i + m - n. Rows that see no key give zeros (lse -inf). Scale: head_dim^-0.5 unless given.
     `max_seqlen_*` are accepted for compatibility: no launch depends on them, None costs nothing. The backward uses no
     atomics, so it is deterministic whether asked or not.
 
@@ -216,7 +221,10 @@ def flash_attn_func(
     return_lse also lse (batch, heads, seqlen_q) fp32. ValueError when shapes, dtypes or devices do not fit.
     """
     _check_tensors("flash_attn_func", 4, q, k, v)
-    check(q.shape[0] == k.shape[0], f"flash_attn_func: batches of {q.shape[0]} and {k.shape[0]} do not fit each other")
+    check(
+        q.shape[0] == k.shape[0],
+        lambda: f"flash_attn_func: batches of {q.shape[0]} and {k.shape[0]} do not fit each other",
+    )
     batch, queries, heads, head_dim = q.shape
     steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out, lse = _attention(
@@ -245,9 +253,9 @@ def flash_attn_varlen_qkvpacked_func(
     """
     heads = num_heads + 2 * num_kv_heads
     fits = qkv.dim() == 2 and num_kv_heads > 0 and num_heads % num_kv_heads == 0 and qkv.shape[1] % heads == 0
-    message = f"qkv {tuple(qkv.shape)} does not hold {num_heads} q and {num_kv_heads} k and v heads"
-    check(fits, f"flash_attn_varlen_qkvpacked_func: {message}")
-    check(qkv.is_floating_point(), f"flash_attn_varlen_qkvpacked_func: qkv must be floating point, not {qkv.dtype}")
-    _check_lengths("flash_attn_varlen_qkvpacked_func", qkv, cu_seqlens)
+    name = "flash_attn_varlen_qkvpacked_func"
+    check(fits, lambda: f"{name}: qkv {tuple(qkv.shape)} does not hold {num_heads} q and {num_kv_heads} k and v heads")
+    check(qkv.is_floating_point(), lambda: f"{name}: qkv must be floating point, not {qkv.dtype}")
+    _check_lengths(name, qkv, cu_seqlens, cu_seqlens)
     scale = _scale(softmax_scale, qkv.shape[1] // heads)
     return _attention_qkvpacked(qkv, cu_seqlens, num_heads, num_kv_heads, scale, causal)[0]

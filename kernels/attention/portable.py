@@ -1,17 +1,17 @@
 """Attention forward and backward in plain Triton: runs on every GPU that Triton knows, and in its interpreter.
 
 Forward (Dao, arXiv 2307.08691): a program owns a tile of queries of one head and walks over the keys, keeping for each
-row the running maximum m, the running sum l and the unnormalised output; scores exist one tile at a time. Keys that
+row the running maximum m, the running sum mass and the unnormalised output; scores exist one tile at a time. Keys that
 every row of the tile sees need no mask, so the walk is two loops: whole tiles, then masked ones.
 
 Backward: P is recomputed from lse. One kernel owns a tile of keys of one key head and walks over the queries of every
 head in its group, for dK and dV; another owns a tile of queries and walks over the keys, for dQ. That is seven products
 where five would do with atomic additions into dQ, and in exchange nothing depends on the order in which programs run.
 
-The grid for packed documents needs the lengths, which are on the device. Give document d, from row a to row b, the tile
-numbers from a // BLOCK + d on, up to the next document's first: there are b // BLOCK - a // BLOCK + 1 of these, always at
-least the ceil((b - a) / BLOCK) that it needs, and in all total // BLOCK + documents, which the host knows. A program finds
-its document by bisection, and leaves when its tile lies behind the document's end.
+The grid for packed documents needs the lengths, which are on the device. Give document d, from row a to row b, the
+tile numbers from a // BLOCK + d on, up to the next document's first: there are b // BLOCK - a // BLOCK + 1 of these,
+always at least the ceil((b - a) / BLOCK) that it needs, and in all total // BLOCK + documents, which the host knows. A
+program finds its document by bisection, and leaves when its tile lies behind the document's end.
 
 Names: b_ offsets of a document's first row, n_ lengths; tiles are [BLOCK_M, D] of queries and [BLOCK_N, D] of keys.
 """
@@ -28,7 +28,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def block_sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages for "forward", "dkdv" or "dq": what fits registers and shared memory."""
+    """BLOCK_M, BLOCK_N, num_warps, num_stages for "forward", "dkdv" or "dq": what fits registers and shared memory."""
     if interpreting():
         m, n, warps, stages = 32, 16, 1, 1  # small, so that short sequences cross tiles
     elif dtype == torch.float32:  # no tensor cores: operands in registers
@@ -68,10 +68,10 @@ def _load(pointer, mask, MASKED: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _forward_walk(
-    q, acc, l, m, k_at, v_at, k_step, v_step, first, last, row, n_k, offset, scale_log2,
+    q, acc, mass, m, k_at, v_at, k_step, v_step, first, last, row, n_k, offset, scale_log2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys first ... last into (acc, l, m); scale_log2 turns scores into exponents of 2."""
+    """Folds keys first ... last into (acc, mass, m); scale_log2 turns scores into exponents of 2."""
     for start in range(first, last, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         shift = tl.cast(start, tl.int64)
@@ -88,11 +88,11 @@ def _forward_walk(
             safe = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing: -inf - -inf is NaN
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
-        l = l * shrink + tl.sum(p, 1)  # noqa: E741
+        mass = mass * shrink + tl.sum(p, 1)
         v = _load(v_at + shift * v_step, column[:, None] < n_k, MASKED, UPCAST)  # [BLOCK_N, D]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = new
-    return acc, l, m
+    return acc, mass, m
 
 
 @triton.jit(do_not_specialize=["documents"])
@@ -131,22 +131,23 @@ def _forward_kernel(
     whole = everyone // BLOCK_N * BLOCK_N
 
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+    mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
-    acc, l, m = _forward_walk(  # noqa: E741
-        q_tile, acc, l, m, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset, scale_log2,
+    acc, mass, m = _forward_walk(
+        q_tile, acc, mass, m, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset, scale_log2,
         CAUSAL, False, UPCAST, BLOCK_N,
     )  # fmt: skip
-    acc, l, m = _forward_walk(  # noqa: E741
-        q_tile, acc, l, m, k_at, v_at, k_row, v_row, whole, someone, row, n_k, offset, scale_log2,
+    acc, mass, m = _forward_walk(
+        q_tile, acc, mass, m, k_at, v_at, k_row, v_row, whole, someone, row, n_k, offset, scale_log2,
         CAUSAL, True, UPCAST, BLOCK_N,
     )  # fmt: skip
-    # Rows that see no key have l = 0, m = -inf: they give zeros, and lse = -inf.
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    # Rows that see no key have mass 0 and m = -inf: they give zeros, and lse = -inf.
+    mass = tl.where(mass == 0.0, 1.0, mass)
+    acc = acc / mass[:, None]
     out_at = out + position[:, None] * out_row + head * out_head + at[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=in_document)
-    tl.store(lse + head * lse_head + position, (m + tl.log2(l)) * LN2, mask=row < n_q)
+    tl.store(lse + head * lse_head + position, (m + tl.log2(mass)) * LN2, mask=row < n_q)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -332,8 +333,7 @@ def attention_backward(
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     delta = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     constants = {"GROUP": heads // kv_heads, "D": head_dim, "CAUSAL": causal, "UPCAST": _upcast(q)}
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    strides = (*strides, dout.stride(0), dout.stride(1), total)
+    strides = tuple(x.stride(i) for x in (q, k, v, dout) for i in (0, 1))
     if total:
         _delta_kernel[(triton.cdiv(total, 64), heads)](
             dout, out, dlse, delta, total, out.stride(0), out.stride(1), total, D=head_dim, BLOCK_M=64, num_warps=4
@@ -341,11 +341,11 @@ def attention_backward(
         blocks = block_sizes("dq", head_dim, q.dtype)
         _dq_kernel[(total // blocks["BLOCK_M"] + documents, heads)](
             q, k, v, dout, lse, delta, dq, cu_q, cu_k, documents, scale,
-            *strides, dq.stride(0), dq.stride(1), **constants, **blocks,
+            *strides, total, dq.stride(0), dq.stride(1), **constants, **blocks,
         )  # fmt: skip
     if k.shape[0]:
         blocks = block_sizes("dkdv", head_dim, q.dtype)
         _dkdv_kernel[(k.shape[0] // blocks["BLOCK_N"] + documents, kv_heads)](
             q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, documents, scale,
-            *strides, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), **constants, **blocks,
+            *strides, total, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), **constants, **blocks,
         )  # fmt: skip

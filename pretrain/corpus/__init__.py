@@ -26,8 +26,8 @@ from deepseek_coder import languages, repository
 from . import crawl, dedup, order, rules, sources
 from .order import Document
 from .report import dropped_for, summary
-from .sources import find
-from .stage import Manifest, follow, run, settings_of, write_json
+from .sources import Repository, find
+from .stage import Manifest, follow, process_pool, run, settings_of, write_json
 
 __all__ = ["Document", "build", "documents", "load_config", "summary"]
 
@@ -66,33 +66,38 @@ def build(
         (out / "manifest.json").unlink(missing_ok=True)  # unfinished from here on
     except OSError as error:
         raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
-    rest: dict[str, Any] = {"workers": workers, "progress": progress}
+    with process_pool(workers) as pool:
+        stages = _run_stages(repositories, out, limits, filter_rules, {"pool": pool, "progress": progress})
+    manifest = {
+        "format": FORMAT,
+        "sources": list(sources),
+        "config": {name: stages[name]["config"] for name in _SECTIONS},
+        "counts": {name: stage["counts"] for name, stage in stages.items()},
+        "documents": [record["outputs"]["part"] for record in stages["documents"]["shards"].values()],
+    }
+    write_json(out / "manifest.json", manifest)
+    return manifest
 
+
+def _run_stages(
+    repositories: list[Repository], out: Path, limits: crawl.Limits, filter_rules: rules.Rules, how: dict[str, Any]
+) -> dict[str, Manifest]:
     shards = crawl.plan(repositories, out, limits)
-    crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **rest)
+    crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **how)
     shutil.rmtree(out / "cache", ignore_errors=True)
-    kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **rest)
-    digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **rest)
+    kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **how)
+    digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **how)
     shards = dedup.decide(out, kept, digests)
-    unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **rest)
+    unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **how)
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
-    if not unique["counts"]["files"]:
+    if not unique["counts"].get("files"):
         why = dropped_for({name: stage["counts"] for name, stage in stages.items()})
         raise ValueError(
             f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
         )
     shards = follow((unique, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
-    stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **rest)
-
-    manifest = {
-        "format": FORMAT,
-        "sources": list(sources),
-        "config": {"crawl": crawled["config"], "filter": kept["config"]},
-        "counts": {name: stage["counts"] for name, stage in stages.items()},
-        "documents": _outputs(stages["documents"]),
-    }
-    write_json(out / "manifest.json", manifest)
-    return manifest
+    stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **how)
+    return stages
 
 
 def documents(corpus_dir: Path) -> Iterator[Document]:
@@ -131,10 +136,6 @@ def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
         settings_of(crawl.Limits, "crawl", config.get("crawl", {})),
         settings_of(rules.Rules, "filter", config.get("filter", {})),
     )
-
-
-def _outputs(stage: Manifest) -> list[dict[str, Any]]:
-    return [record["outputs"]["part"] for record in stage["shards"].values()]
 
 
 def _manifest(corpus: Path) -> dict[str, Any]:

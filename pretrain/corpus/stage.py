@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -72,12 +73,13 @@ def run(
     shards: list[Shard],
     settings: Any = None,
     modules: tuple[ModuleType, ...] = (),
-    workers: int = 1,
+    pool: ProcessPoolExecutor | None = None,
     progress: bool = False,
 ) -> Manifest:
     """Brings every shard of a stage up to date under out/stage/ and returns its manifest, also written there.
 
     settings: a dataclass, passed on and part of each shard's key. modules: those whose source decides the result.
+    pool: where the shards are worked on; None is this process. progress: a bar on stderr.
     Raises ValueError when shards failed, naming each with its reason; the finished ones are kept.
     """
     folder = out / stage
@@ -92,7 +94,7 @@ def run(
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(stage, total=len(shards), completed=len(shards) - len(todo))
         jobs = [(function, out, stage, shard, settings, keys[shard.name]) for shard in todo]
-        for name, record in _work_all(jobs, workers):
+        for name, record in _work_all(jobs, pool):
             records[name] = record
             bar.advance(task)
     failed = {name: record["failed"] for name, record in records.items() if "failed" in record}
@@ -115,6 +117,20 @@ def run(
             "remove the cause and run the same command again"
         )
     return manifest
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes for all stages of a build, started when the first stage needs them; None for a single worker."""
+    if workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads (torch, pyarrow) can deadlock
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def follow(*outputs: tuple[Manifest, str]) -> list[Shard]:
@@ -177,24 +193,19 @@ def settings_of(kind: type[T], section: str, values: Any) -> T:
 # ---- one shard -------------------------------------------------------------------------------------------------------
 
 
-def _work_all(jobs: list[tuple], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _work_all(jobs: list[tuple], pool: ProcessPoolExecutor | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(shard name, record) of each job as it ends, in this process or in others."""
-    if workers == 1 or len(jobs) < 2:
+    if pool is None or len(jobs) < 2:
         for job in jobs:
             yield job[3].name, _work(*job)
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads (torch, pyarrow) can deadlock
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent)
-    try:
-        futures = {pool.submit(_work, *job): job[3].name for job in jobs}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                reason = "a worker process was killed, perhaps for want of memory; use fewer workers"
-                yield futures[future], {"failed": reason}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    futures = {pool.submit(_work, *job): job[3].name for job in jobs}
+    for future in as_completed(futures):
+        try:
+            yield futures[future], future.result()
+        except BrokenProcessPool:
+            reason = "a worker process was killed, perhaps for want of memory; use fewer workers"
+            yield futures[future], {"failed": reason}
 
 
 def _end_with_parent() -> None:

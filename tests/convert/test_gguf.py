@@ -111,6 +111,32 @@ def test_tensors_come_back_in_half_split_order(
             assert torch.equal(ours.float(), torch.from_numpy(stored)), name
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_super_blocks(tmp_path: Path, config: Any, random_tensors: Any, kind: str) -> None:
+    """The library expands these types but does not make them, so the blocks are random bytes."""
+    config = config | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    original = random_tensors(config)
+    foreign = names.gguf(config)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    raw = {}
+    quantisation = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
+    for name in ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"]:
+        rows, width = original.pop(name).shape
+        raw[name] = np.random.default_rng(0).integers(0, 60, (rows, width // block * block_bytes), np.uint8)
+
+    def edit(writer: Any) -> None:
+        for name, blocks in raw.items():
+            writer.add_tensor(foreign[name], blocks, raw_dtype=quantisation)
+
+    with open_gguf(write_gguf(tmp_path / "m.gguf", config, original, edit=edit)) as checkpoint:
+        for name, blocks in raw.items():
+            assert checkpoint.stored[name] == kind
+            ours = checkpoint.tensor(name).numpy()
+            back = to_adjacent_pairs(ours, heads[name.split(".")[4]])
+            np.testing.assert_array_equal(back, gguf.quants.dequantize(blocks, quantisation))
+
+
 def test_config_from_metadata(tmp_path: Path, config: Any, random_tensors: Any) -> None:
     path = write_gguf(tmp_path / "m.gguf", config, random_tensors(config), "F16")
     with open_gguf(path) as checkpoint:

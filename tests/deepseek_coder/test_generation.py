@@ -128,7 +128,7 @@ class TestSmolLM2:
         assert (ours(tokens) - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
     @pytest.mark.parametrize(
-        "prompt", ["The capital of France is", "def fibonacci(n):\n    ", '#include <stdio.h>\n\nint main() {\n    printf("']
+        "prompt", ["The capital of France is", "def fibonacci(n):\n    ", "#include <stdio.h>\n\nint main() {\n    "]
     )
     def test_greedy_continuations(self, pair, prompt):
         ours, theirs, tokenizer = pair

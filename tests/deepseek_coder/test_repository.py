@@ -1,4 +1,4 @@
-"""Import edges and dependency order: an oracle on Python's syntax tree over real packages, properties, the paper's rule."""
+"""Import edges, against Python's own syntax tree on real packages; dependency order, against the paper's algorithm."""
 
 import ast
 import asyncio
@@ -77,6 +77,11 @@ def test_a_repository_whose_folder_is_the_package(package):
 
 CASES = {
     "plain": ({"a.py": "import b", "b.py": ""}, {"a.py": {"b.py"}}),
+    "space around dots": (
+        {"p/a.py": "from . b import c\nfrom.d import e\nfrom .\timport  f", "p/b.py": "", "p/d.py": ""}
+        | {"p/f.py": ""},
+        {"p/a.py": {"p/b.py", "p/d.py", "p/f.py"}},
+    ),
     "itself": ({"a.py": "import a\nfrom . import a"}, {}),
     "several": ({"a.py": "import os, b as x, c.d", "b.py": "", "c/d.py": ""}, {"a.py": {"b.py", "c/d.py"}}),
     "indented, after a semicolon": (
@@ -95,7 +100,12 @@ CASES = {
     "star": ({"a.py": "from p import *", "p/__init__.py": "", "p/b.py": ""}, {"a.py": {"p/__init__.py"}}),
     "longest prefix": ({"a.py": "import p.b.Thing.x", "p/b.py": "", "p/__init__.py": ""}, {"a.py": {"p/b.py"}}),
     "relative": (
-        {"p/q/a.py": "from . import b\nfrom ..c import x\nfrom .. import d", "p/q/b.py": "", "p/c.py": "", "p/d.py": ""},
+        {
+            "p/q/a.py": "from . import b\nfrom ..c import x\nfrom .. import d",
+            "p/q/b.py": "",
+            "p/c.py": "",
+            "p/d.py": "",
+        },
         {"p/q/a.py": {"p/q/b.py", "p/c.py", "p/d.py"}},
     ),
     "relative to the package": (
@@ -108,7 +118,10 @@ CASES = {
         {"libs/x/setup.py": "", "libs/x/p/__init__.py": "", "libs/x/p/a.py": "import json", "libs/x/json.py": ""},
         {"libs/x/p/a.py": {"libs/x/json.py"}},
     ),
-    "sibling of a script": ({"tools/run.py": "import help2", "tools/help2.py": ""}, {"tools/run.py": {"tools/help2.py"}}),
+    "sibling of a script": (
+        {"tools/run.py": "import help2", "tools/help2.py": ""},
+        {"tools/run.py": {"tools/help2.py"}},
+    ),
     "Python 2 sibling": (
         {"p/__init__.py": "", "p/a.py": "import b", "p/b.py": ""},
         {"p/a.py": {"p/b.py"}},
@@ -139,8 +152,21 @@ def test_import_forms(name):
     assert {path: names for path, names in found.items() if names} == expected
 
 
-def test_an_unclosed_bracket_costs_no_more_than_its_length():
-    text = "from a import (\n" * 50_000
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from a import (\n" * 50_000,
+        "from a import (" + "# x\n" * 100_000,
+        "from a import " * 40_000,
+        "from" + " " * 500_000,
+        "from " + "." * 500_000,
+        (" " * 1000 + "from a \n") * 500,
+        "import " + "a," * 250_000,
+        ";" * 500_000,
+    ],
+    ids=range(8),
+)
+def test_no_text_takes_long(text):
     began = time.process_time()
     imports({"a.py": text, "b.py": "import a"})
     assert time.process_time() - began < 5

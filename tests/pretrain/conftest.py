@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import corpus, tokenizer, tokens
+from pretrain import corpus, demo, tokenizer, tokens
 
 PACKAGES = (
     "json",
@@ -31,8 +31,17 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, library) -> Path:
     """A folder with `corpus`, `tokenizer` and `tokens`."""
-    folder = tmp_path_factory.mktemp("prepared")
-    corpus.build([str(library / name) for name in PACKAGES], folder / "corpus", progress=False)
+    return prepare(tmp_path_factory.mktemp("prepared"), [str(library / name) for name in PACKAGES])
+
+
+@pytest.fixture(scope="session")
+def whole_library(tmp_path_factory) -> Path:
+    """The same from every package of the standard library."""
+    return prepare(tmp_path_factory.mktemp("library"), demo.repositories())
+
+
+def prepare(folder: Path, sources: list[str]) -> Path:
+    corpus.build(sources, folder / "corpus", progress=False)
     texts = (text for document in corpus.documents(folder / "corpus") for text in document.texts)
     tokenizer.save(tokenizer.train(texts, 1024), folder / "tokenizer")
     made = tokenizer.Tokenizer.load(folder / "tokenizer")

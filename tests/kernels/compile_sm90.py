@@ -1,0 +1,123 @@
+"""Compiles what the ops launch, for sm_90a, without a GPU, and prints what came out as JSON, one line per kernel.
+
+Not a test module: test_compile_sm90.py runs it in a process of its own, since compilation crashes where the interpreter
+is on. The launches are recorded, not written down: each op runs on CPU tensors while `JITFunction.run` only notes its
+arguments, so block sizes, constants and pointer types are those of the product.
+"""
+
+import collections
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import kernels
+from kernels import dispatch
+
+NAMES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1",
+}  # fmt: skip
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+def record(launches):
+    def run(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    JITFunction.run = run
+
+
+def source(kernel, args, kwargs):
+    """The specialisation that a launch with these arguments makes."""
+    options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value, name, at = bound[parameter.name], parameter.name, (parameter.num,)
+        aligned = False
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + NAMES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[at] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def inspect_binary(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass, usage = (
+            subprocess.run([f"{TOOLS}/cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    operations = collections.Counter(re.findall(r"\b(HGMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS)\b", sass))
+    stack = re.search(r"STACK:(\d+)", usage)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert stack, usage
+    assert registers, usage
+    return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations}
+
+
+def run_ops(dtype, head_dim):
+    """Every op that has Triton kernels, forward and backward, in shapes of the 1.3B model (narrow where it is free)."""
+    tokens, heads, kv_heads, width = 64, 4, 2, 2048
+    cu = torch.tensor([0, 40, tokens], dtype=torch.int32)
+    for causal in (True, False):
+        qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, requires_grad=True)
+        out = kernels.flash_attn_varlen_qkvpacked_func(
+            qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal
+        )  # fmt: skip
+        out.sum().backward()
+    kernels.apply_rope(qkv.detach(), torch.arange(tokens), heads, kv_heads, 1e5, 4.0)
+    x, weight = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((tokens, width), (width,)))
+    kernels.rms_norm(x, weight, 1e-6).sum().backward()
+    sum(y.sum() for y in kernels.rms_norm(x, weight, 1e-6, x)).backward()
+    kernels.swiglu(x).sum().backward()
+    vocabulary = torch.zeros(32256, width, dtype=dtype, requires_grad=True)
+    kernels.linear_cross_entropy(x.detach()[:2], vocabulary.detach(), torch.arange(2))
+    kernels.linear_cross_entropy(x[:2], vocabulary.detach(), torch.arange(2))
+
+
+def main(dtype, head_dim):
+    launches = []
+    record(launches)
+    for module in ("attention", "norm", "rope", "swiglu", "loss"):
+        importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
+    assert not dispatch.interpreting()
+    run_ops(getattr(torch, dtype), int(head_dim))
+    done = set()
+    for kernel, args, kwargs in launches:
+        src, options = source(kernel, args, dict(kwargs))
+        key = (kernel.fn.__name__, str(src.signature), str(src.constants))
+        if key in done:
+            continue
+        done.add(key)
+        compiled = triton.compile(src, target=GPUTarget("cuda", 90, 32), options=options)
+        flags = {k: v for k, v in kwargs.items() if isinstance(v, (bool, int))}
+        report = {"kernel": f"{kernel.__module__}.{kernel.fn.__name__}", "flags": flags}
+        report |= {"shared": compiled.metadata.shared, "target": re.search(r"\.target (\S+)", compiled.asm["ptx"])[1]}
+        print(json.dumps(report | inspect_binary(compiled.asm["cubin"])), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

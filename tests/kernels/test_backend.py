@@ -1,0 +1,111 @@
+"""The choice of backend, and that importing the package stays light."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import kernels
+from kernels import backend, dispatch, swiglu
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("DEEPSEEK_CODER_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
+def test_context_manager_nests_and_restores():
+    before = backend()
+    with backend("reference"):
+        assert backend() == "reference"
+        with backend("triton"):
+            assert backend() == "triton"
+        assert backend() == "reference"
+    assert backend() == before
+    with pytest.raises(KeyError), backend("reference"):
+        raise KeyError
+    assert backend() == before
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_CODER_KERNELS", "reference")
+    assert backend() == "reference"
+    with backend("triton"):
+        assert backend() == "triton"
+    monkeypatch.setenv("DEEPSEEK_CODER_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="'fastest' does not exist; choose one of: auto, triton, reference"):
+        swiglu(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["hopper", "", "Triton"])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="auto, triton, reference"):
+        backend(name)
+
+
+def test_auto(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend() == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    assert backend() == "triton"
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
+    assert backend() == "reference"
+    assert not dispatch.use_triton(torch.zeros(1)), "the reference runs CPU tensors, interpreter or not"
+
+
+class OnGpu:
+    device = torch.device("cuda")
+
+
+def test_auto_warns_once_why(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
+    with pytest.warns(RuntimeWarning, match="reference, since triton is not installed"):
+        assert not dispatch.use_triton(OnGpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch.use_triton(OnGpu())
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    assert dispatch.use_triton(OnGpu())
+    with pytest.warns(RuntimeWarning, match="since head_dim 24 is odd"):
+        assert not dispatch.use_triton(OnGpu(), "head_dim 24 is odd")
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        swiglu(torch.zeros(1, 2))
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
+    with backend("triton"), pytest.raises(ValueError, match="but triton is not installed"):
+        dispatch.use_triton(OnGpu())
+
+
+def test_float64_has_no_kernel(triton, device):
+    with pytest.raises(ValueError, match="float64"):
+        swiglu(torch.zeros(1, 2, dtype=torch.float64, device=device))
+
+
+def test_import_is_light():
+    """No triton, no warning; and everything trains where triton is not installed."""
+    code = (
+        "import sys, torch, kernels;"
+        "assert 'triton' not in sys.modules;"
+        "sys.modules['triton'] = None;"
+        "x = torch.randn(5, 8, requires_grad=True);"
+        "(kernels.swiglu(x).sum() + kernels.rms_norm(x, x[0].detach(), 1e-6).sum()).backward();"
+        "q = torch.randn(1, 5, 2, 16, requires_grad=True);"
+        "kernels.flash_attn_func(q, q, q, causal=True).sum().backward();"
+        "assert kernels.backend() == 'reference'"
+    )
+    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
+
+
+def test_project_names_itself():
+    assert kernels.PROJECT == "deepseek-coder-torch"
+    for name in kernels.__all__:
+        assert getattr(kernels, name).__doc__

@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from kernels import flash_attn_func, flash_attn_with_kvcache, reference, write_kv
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def random_caches(device, *shape):
+    return [torch.randn(*shape, KV_HEADS, HEAD_DIM, device=device) for _ in range(2)]
+
+
+def test_write(device):
+    k, v = random_caches(device, 5)
+    slots = torch.tensor([6, -1, 0, -1, 11], device=device)
+    for dtype in (torch.int32, torch.int64):
+        k_cache, v_cache = random_caches(device, 4, 3)
+        expected = [x.clone() for x in (k_cache, v_cache)]
+        for cache, new in zip(expected, (k, v), strict=True):
+            for row, slot in enumerate(slots.tolist()):
+                if slot >= 0:
+                    cache[slot // 3, slot % 3] = new[row]
+        write_kv(k, v, k_cache, v_cache, slots.to(dtype))
+        assert torch.equal(k_cache, expected[0])
+        assert torch.equal(v_cache, expected[1])
+
+
+def test_write_nothing(device):
+    k, v = random_caches(device, 3)
+    k_cache, v_cache = random_caches(device, 4, 3)
+    before = k_cache.clone()
+    write_kv(k, v, k_cache, v_cache, torch.full((3,), -1, device=device))
+    write_kv(k[:0], v[:0], k_cache, v_cache, torch.zeros(0, dtype=torch.int32, device=device))
+    assert torch.equal(k_cache, before)
+
+
+def test_write_into_a_strided_cache(device):
+    both = torch.zeros(4, 3, 2, KV_HEADS, HEAD_DIM, device=device)
+    k, v = random_caches(device, 2)
+    write_kv(k, v, both[:, :, 0], both[:, :, 1], torch.tensor([4, 9], device=device))
+    assert torch.equal(both[1, 1, 0], k[0])
+    assert torch.equal(both[3, 0, 1], v[1])
+    assert both.count_nonzero() == 4 * KV_HEADS * HEAD_DIM
+
+
+def paged(cache, page, generator):
+    """The same cache in pages of shuffled order: pages, block table; unused entries of the table are -1."""
+    batch, max_len = cache.shape[:2]
+    blocks = max_len // page
+    table = torch.randperm(batch * blocks, generator=generator).view(batch, blocks).to(cache.device)
+    pages = torch.empty(batch * blocks, page, *cache.shape[2:], device=cache.device)
+    pages[table.flatten()] = cache.view(batch * blocks, page, *cache.shape[2:])
+    return pages, table.int()
+
+
+def masked_instead(q, k_cache, v_cache, lengths, *rest):
+    return reference.cached_attention_masked(q, k_cache, v_cache, torch.tensor(lengths, device=q.device), *rest)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("page", [None, 1, 4])
+@pytest.mark.parametrize("queries,new", [(1, 1), (5, 5), (3, 0), (2, 7)])
+def test_attention_over_the_cache(device, monkeypatch, queries, new, page, causal, masked):
+    """Against attention over the plain concatenation; `masked` is the way of GPUs: the host knows no length."""
+    monkeypatch.setattr(reference, "ROWS", 2)
+    starts, max_len = torch.tensor([0, 9, 3], device=device), 16
+    q = torch.randn(3, queries, HEADS, HEAD_DIM, device=device)
+    old_k, old_v = random_caches(device, 3, max_len)
+    k, v = random_caches(device, 3, new)
+    unused = torch.arange(max_len, device=device) >= starts[:, None]
+    k_cache, v_cache = (x.masked_fill(unused[:, :, None, None], float("nan")) for x in (old_k, old_v))
+    table = None
+    if page is not None:
+        generator = torch.Generator().manual_seed(0)
+        k_cache, table = paged(k_cache, page, generator)
+        v_cache, _ = paged(v_cache, page, generator.manual_seed(0))
+    if masked:
+        monkeypatch.setattr(reference, "cached_attention_by_sequence", masked_instead)
+    new_kv = {} if new == 0 else {"k": k, "v": v}
+    options = {"cache_seqlens": starts.int(), "block_table": table, "causal": causal, "return_softmax_lse": True}
+    out, lse = flash_attn_with_kvcache(q, k_cache, v_cache, **new_kv, **options)
+    for i, start in enumerate(starts.tolist()):
+        keys, values = (torch.cat([a[i, :start], b[i]]) for a, b in ((old_k, k), (old_v, v)))
+        expected, expected_lse = flash_attn_func(q[i, None], keys[None], values[None], causal=causal, return_lse=True)
+        torch.testing.assert_close(out[i], expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse[i], expected_lse[0], rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_equals_one_pass(device):
+    """Prefill, then one token at a time, in half precision: what a generation loop does."""
+    q, k, v = (torch.randn(1, 20, heads, HEAD_DIM, device=device).half() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    k_cache, v_cache = (torch.empty(1, 32, KV_HEADS, HEAD_DIM, device=device, dtype=torch.half) for _ in range(2))
+    parts = [flash_attn_with_kvcache(q[:, :13], k_cache, v_cache, k[:, :13], v[:, :13], causal=True)]
+    for i in range(13, 20):
+        at = slice(i, i + 1)
+        parts.append(
+            flash_attn_with_kvcache(q[:, at], k_cache, v_cache, k[:, at], v[:, at], cache_seqlens=i, causal=True)
+        )
+    expected = flash_attn_func(q, k, v, causal=True)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(k_cache[:, :20], k)
+
+
+def test_compiled(device):
+    k_cache, v_cache = random_caches(device, 2, 8)
+    k, v = random_caches(device, 2, 1)
+    q, lengths = torch.randn(2, 1, HEADS, HEAD_DIM, device=device), torch.tensor([3, 7], device=device)
+
+    def step(q, k_cache, v_cache):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, lengths)
+
+    expected = step(q, k_cache.clone(), v_cache.clone())
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k_cache, v_cache), expected)
+    assert torch.equal(k_cache[0, 3], k[0, 0])
+
+
+@pytest.mark.gpu
+def test_no_waiting_for_the_gpu(device):
+    k_cache, v_cache = random_caches(device, 2, 8)
+    k, v = random_caches(device, 2, 1)
+    q, lengths = torch.randn(2, 1, HEADS, HEAD_DIM, device=device), torch.tensor([3, 7], device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_errors():
+    k_cache, v_cache = random_caches("cpu", 2, 8)
+    k, v = random_caches("cpu", 2, 3)
+    q = torch.zeros(2, 3, HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match="9 entries do not fit a cache of 8"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=6)
+    with pytest.raises(ValueError, match="both k and v"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        flash_attn_with_kvcache(q[:1], k_cache, v_cache)
+    with pytest.raises(ValueError, match="block_table"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, block_table=torch.zeros(1, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="slot_mapping"):
+        write_kv(k[0], v[0], k_cache, v_cache, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the caches"):
+        write_kv(k[0].half(), v[0].half(), k_cache, v_cache, torch.zeros(3, dtype=torch.int64))

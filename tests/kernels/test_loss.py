@@ -1,0 +1,138 @@
+import importlib
+
+import pytest
+import torch
+
+from kernels import backend, linear_cross_entropy
+
+loss_module = importlib.import_module("kernels.loss")
+
+CASES = [
+    (torch.float32, 7, 16, 33, 0.0),
+    (torch.float16, 9, 8, 130, 1e-2),
+    (torch.float32, 1, 4, 5000, 1e-2),  # more than one block of the vocabulary
+    *(
+        pytest.param(dtype, 1025, 256, 32256, z_loss, marks=pytest.mark.gpu)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for z_loss in (0.0, 1e-3)
+    ),
+]
+
+
+def plain(hidden, weight, targets, z_loss=0.0):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden @ weight.t()).to(wide)
+    loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    valid = targets != -100
+    return loss + z_loss * (logits.logsumexp(-1).square() * valid).sum()
+
+
+def inputs(dtype, tokens, width, vocab, device):
+    hidden, weight = torch.randn(tokens, width, device=device), torch.randn(vocab, width, device=device) / width**0.5
+    targets = torch.randint(vocab, (tokens,), device=device)
+    targets[1:3] = -100
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+@pytest.mark.parametrize("dtype,tokens,width,vocab,z_loss", CASES)
+def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, tokens, width, vocab, z_loss):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", vocab * max(2, tokens // 3))  # several chunks, the last ragged
+    hidden, weight, targets = inputs(dtype, tokens, width, vocab, device)
+
+    def run(function, hidden, weight):
+        leaves = [hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()]
+        loss = function(*leaves)
+        return [loss, *torch.autograd.grad(loss / 3, leaves)]
+
+    def ours(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets, z_loss=z_loss)[0]
+
+    got, again = run(ours, hidden, weight), run(ours, hidden, weight)
+    peer = run(lambda h, w: plain(h, w, targets, z_loss), hidden, weight)
+    exact = run(lambda h, w: plain(h, w, targets, z_loss), hidden.double(), weight.double())
+    for name, a, b, c, d in zip(("loss", "dhidden", "dweight"), got, again, peer, exact, strict=True):
+        assert torch.equal(a, b), name
+        check_error(a, c, d, name)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 11 * 3)
+    hidden, weight, targets = inputs(torch.float64, 8, 5, 11, "cpu")
+    with backend("reference"):
+        loss, count, *got = gradients(
+            lambda h, w, t: linear_cross_entropy(h, w, t, z_loss=z_loss), [hidden, weight, targets]
+        )
+    assert count.dtype == torch.int64
+    assert not count.requires_grad
+    assert count == (targets != -100).sum()
+    expected = gradients(lambda h, w, t: plain(h, w, t, z_loss), [hidden, weight, targets])
+    for one, other in zip([loss, *got], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_nothing_to_learn(triton, device, monkeypatch, name):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    for tokens in (0, 5):
+        hidden = torch.randn(tokens, 4, device=device, requires_grad=True)
+        weight = torch.randn(9, 4, device=device, requires_grad=True)
+        with backend(name):
+            loss, count = linear_cross_entropy(
+                hidden, weight, torch.full((tokens,), -1, device=device), ignore_index=-1
+            )
+        assert loss == 0
+        assert loss.dtype == torch.float32
+        assert count == 0
+        for gradient in torch.autograd.grad(loss, (hidden, weight)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_one_chunk_of_ignored_tokens(triton, device, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    hidden, weight = torch.randn(6, 4, device=device, requires_grad=True), torch.randn(9, 4, device=device)
+    targets = torch.tensor([1, 2, -100, -100, 3, -100], device=device)
+    loss, count = linear_cross_entropy(hidden, weight, targets)
+    expected = plain(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    assert count == 3
+    (got,), (wanted,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_gradients_that_are_needed(triton, device):
+    hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
+    op = torch.ops.deepseek_coder.linear_cross_entropy
+    for need_hidden, need_weight in ((True, False), (False, True), (False, False)):
+        _, _, dhidden, dweight = op(hidden, weight, targets, -100, 0.0, need_hidden, need_weight)
+        assert (dhidden.numel() > 0, dweight.numel() > 0) == (need_hidden, need_weight)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden.requires_grad_(), weight, targets)[0].requires_grad
+
+
+def test_target_outside_the_vocabulary_shows(triton, device):
+    hidden, weight = torch.randn(2, 4, device=device), torch.randn(9, 4, device=device)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1, 9], device=device))[0].isnan()
+
+
+def test_opcheck(opcheck, device):
+    hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
+    opcheck("linear_cross_entropy", hidden, weight, targets, -100, 0.1, False, False)
+    opcheck("linear_cross_entropy", hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 0.1, True, True)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiled(triton, device, check_compiled, compiler):
+    hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
+    check_compiled(lambda h, w: linear_cross_entropy(h.sin(), w, targets)[0] / 5, hidden, weight, compiler=compiler)
+
+
+def test_errors():
+    hidden, weight, targets = inputs(torch.float32, 5, 4, 9, "cpu")
+    with pytest.raises(ValueError, match="does not fit weight"):
+        linear_cross_entropy(hidden, weight[:, 1:], targets)
+    with pytest.raises(ValueError, match="targets must be int64"):
+        linear_cross_entropy(hidden, weight, targets.int())
+    with pytest.raises(ValueError, match=r"weight torch\.float16"):
+        linear_cross_entropy(hidden, weight.half(), targets)

@@ -1,0 +1,138 @@
+"""Sampling: the distribution, each filter, and that no row knows its neighbours."""
+
+import pytest
+import torch
+
+from kernels import reference, sample
+
+ROW = torch.tensor([1.0, 3.0, 0.5, 2.0, 2.9, -4.0])
+
+
+def draws(row, count=20000, **parameters):
+    """How often each id was drawn, over `count` seeds."""
+    arguments = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | parameters
+    ids = sample(row.expand(count, -1), **arguments, seeds=torch.arange(count, device=row.device))
+    return torch.bincount(ids, minlength=row.shape[0]).double().cpu()
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities.double().cpu() * counts.sum()
+    seen = expected > 0
+    assert counts[~seen].sum() == 0
+    return ((counts - expected)[seen].square() / expected[seen]).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_distribution(device, temperature):
+    counts = draws(ROW.to(device), temperature=temperature)
+    # 5 degrees of freedom: 20.5 is exceeded once in a thousand
+    assert chi_square(counts, torch.softmax(ROW / temperature, -1)) < 20.5
+
+
+@pytest.mark.parametrize(
+    "parameters,kept",
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.3}, [1]),
+        ({"top_p": 0.45}, [1, 4]),
+        ({"top_p": 0.9}, [1, 3, 4]),
+        ({"top_p": 0.0}, [1]),
+        ({"min_p": 0.3}, [1, 3, 4]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "top_p": 0.5}, [1, 4]),
+        ({"top_p": 0.45, "temperature": 0.1}, [1]),  # the filters see the tempered distribution
+    ],
+)
+def test_filters(device, parameters, kept):
+    counts = draws(ROW.to(device), **parameters)
+    masked = torch.full_like(ROW, float("-inf"))
+    masked[kept] = ROW[kept] / parameters.get("temperature", 1.0)
+    assert chi_square(counts, torch.softmax(masked, -1)) < 25
+    assert (counts[kept] > 0).all() or "temperature" in parameters
+
+
+def test_ties_are_cut_by_id():
+    kept = reference.filter_logits(torch.zeros(1, 4), torch.tensor([2]), torch.ones(1), torch.zeros(1))
+    assert kept.isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_rows_do_not_know_each_other(device):
+    """Every row alone gives what it gives in the batch; parameters as tensors give what they give as numbers."""
+    rows = 16
+    logits = torch.randn(rows, 1000, device=device) * 3
+    temperature = torch.linspace(0, 2, rows, device=device)
+    top_k = torch.arange(rows, device=device) * 10
+    top_p = torch.linspace(0.3, 1, rows, device=device)
+    min_p = torch.linspace(0, 0.2, rows, device=device)
+    seeds = torch.arange(rows, device=device) * 77 - 300
+    together = sample(logits, temperature, top_k, top_p, min_p, seeds)
+    for i in range(rows):
+        one = slice(i, i + 1)
+        assert sample(logits[one], temperature[one], top_k[one], top_p[one], min_p[one], seeds[one]) == together[i]
+        values = [x[i].item() for x in (temperature, top_k, top_p, min_p, seeds)]
+        assert sample(logits[one], *values) == together[i]
+    back = sample(*(x.flip(0) for x in (logits, temperature, top_k, top_p, min_p, seeds)))
+    assert torch.equal(back.flip(0), together)
+
+
+def test_temperature_zero_is_argmax(device):
+    logits = torch.randn(5, 33, device=device)
+    assert torch.equal(sample(logits, 0.0, 0, 1.0, 0.0, 1), logits.argmax(-1))
+    mixed = sample(logits, torch.tensor([0.0, 1, 0, 1, 0], device=device), 0, 1.0, 0.0, 1)
+    assert torch.equal(mixed[::2], logits.argmax(-1)[::2])
+
+
+def test_masked_tokens_are_never_drawn(device):
+    row = torch.tensor([0.0, float("-inf"), 0.0], device=device)
+    assert draws(row, count=2000, temperature=3.0)[1] == 0
+    assert draws(row, count=2000, top_p=0.99)[1] == 0
+
+
+def test_noise_is_uniform_and_fixed():
+    noise = reference.gumbel_noise(torch.arange(300), 500)
+    assert noise.isfinite().all()
+    uniform = torch.exp(-torch.exp(-noise))
+    counts = torch.histc(uniform.float(), 100, 0, 1).double()
+    assert chi_square(counts, torch.full((100,), 0.01)) < 150  # 99 degrees of freedom
+    for rows in (uniform, uniform.t()):  # neighbours in either direction are uncorrelated
+        pair = torch.stack([rows[:-1].flatten(), rows[1:].flatten()])
+        assert torch.corrcoef(pair)[0, 1].abs() < 0.015
+    again = reference.gumbel_noise(torch.tensor([7, 299, -1]), 100)
+    assert torch.equal(again[:2], noise[[7, 299], :100])
+
+
+def test_hash_is_murmurs():
+    """The finaliser in arbitrary-precision integers."""
+    mask = 2**64 - 1
+
+    def mix(x):
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            x = (x ^ (x >> 33)) * factor & mask
+        return x ^ (x >> 33)
+
+    values = [0, 1, 2**31, 2**63 - 1, -1, -(2**63), 123456789]
+    got = reference._mix(torch.tensor(values))
+    assert [x & mask for x in got.tolist()] == [mix(x & mask) for x in values]
+
+
+@pytest.mark.gpu
+def test_gpu_draws_what_the_cpu_draws(device):
+    logits = torch.randn(200, 32256) * 2
+    arguments = (0.8, 50, 0.95, 0.01)
+    seeds = torch.arange(200)
+    on_gpu = sample(logits.to(device), *arguments, seeds.to(device)).cpu()
+    assert (on_gpu == sample(logits, *arguments, seeds)).float().mean() > 0.98  # the last bits of softmax differ
+
+
+def test_errors():
+    logits = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="temperature -1"):
+        sample(logits, -1.0, 0, 1.0, 0.0, 1)
+    with pytest.raises(ValueError, match=r"top_p 1.5 is outside"):
+        sample(logits, 1.0, 0, 1.5, 0.0, 1)
+    with pytest.raises(ValueError, match="not one for each of 2 rows"):
+        sample(logits, torch.ones(3), 0, 1.0, 0.0, 1)
+    with pytest.raises(ValueError, match="logits"):
+        sample(logits[0], 1.0, 0, 1.0, 0.0, 1)

@@ -1,0 +1,263 @@
+"""The stage contract: killed runs, full disks, failing shards, changed inputs."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pytest
+
+from pretrain import corpus
+from pretrain.corpus import stage
+from pretrain.corpus.stage import Result, Shard
+
+CONFIG = {"crawl": {"shard_bytes": 0}}  # one shard for each repository
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Six small repositories that import, repeat each other and have something to drop."""
+    for number in range(6):
+        root = tmp_path / f"repo{number}"
+        root.mkdir()
+        (root / "a.py").write_text(f"import b\n\nvalue = b.function() + {number}\n")
+        (root / "b.py").write_text(f"def function{number}():\n    return 1\n")
+        (root / "common.py").write_text("def common():\n    return 0\n")
+        (root / "digits.py").write_text("1234567890\n" * (number + 1))
+    return [str(tmp_path / f"repo{number}") for number in range(6)]
+
+
+def build(sources, out, workers=1):
+    return corpus.build(sources, out, workers=workers, config=CONFIG, progress=False)
+
+
+def contents(out):
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def times(out):
+    return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+
+def finished(out):
+    """The outputs of shards that have their record, with their times."""
+    records = [json.loads(path.read_text()) for path in out.rglob("shard-*.json")]
+    files = [output["file"] for record in records for output in record["outputs"].values()]
+    return {file: (out / file).stat().st_mtime_ns for file in files}
+
+
+def run_python(program, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from pretrain import corpus
+left = int(sys.argv[3])
+replace = os.replace
+def replace_or_die(source, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    replace(source, target)
+os.replace = replace_or_die
+corpus.build(json.loads(sys.argv[1]), Path(sys.argv[2]), config=json.loads(sys.argv[4]), progress=False)
+"""
+
+
+def test_a_killed_run_is_resumed(sources, tmp_path):
+    """kill -9 just before a finished file gets its name, in several stages; each run gets a little further."""
+    build(sources, tmp_path / "whole")
+    out = tmp_path / "killed"
+    for renames in (8, 20, 9):
+        before = finished(out) if out.exists() else {}
+        process = run_python(KILLED, json.dumps(sources), out, renames, json.dumps(CONFIG))
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == -9, errors
+        after = finished(out)
+        assert before.items() <= after.items()  # what was finished is not done again
+        assert len(after) > len(before)
+        assert list(out.rglob("*.tmp"))
+        with pytest.raises(FileNotFoundError, match="unfinished"):
+            corpus.documents(out)
+    build(sources, out)
+    assert after.items() <= finished(out).items()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+WORKERS = """
+import json, sys
+from pathlib import Path
+from pretrain import corpus
+if __name__ == "__main__":
+    corpus.build(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=2, config=json.loads(sys.argv[3]), progress=False)
+"""
+
+
+def test_workers_end_with_their_parent(sources, tmp_path):
+    build(sources, tmp_path / "whole")
+    out = tmp_path / "killed"
+    process = run_python(WORKERS, json.dumps(sources), out, json.dumps(CONFIG))
+    deadline = time.monotonic() + 60
+    while not list(out.glob("crawl/shard-*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    # The workers hold the other ends of its pipes: this returns only when they are gone too.
+    process.communicate(timeout=30)
+    build(sources, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from pretrain import corpus
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    corpus.build([sys.argv[1]], Path(sys.argv[2]), progress=False)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """No file may grow beyond 3000 bytes, which to the writer is a disk without room."""
+    (tmp_path / "repo").mkdir()
+    for number in range(100):
+        noise = hashlib.sha512(str(number).encode()).hexdigest()
+        (tmp_path / "repo" / f"f{number}.py").write_text(f"def function_{noise}():\n    return {number}\n")
+    out = tmp_path / "out"
+    process = run_python(FULL, tmp_path / "repo", out)
+    said, errors = process.communicate(timeout=60)
+    assert not errors
+    assert "part-00000.parquet cannot be written" in said
+    assert "free space there" in said
+    assert list(out.rglob("*.tmp")) == list(out.rglob("*.parquet")) == []
+    assert len(build([str(tmp_path / "repo")], out)["documents"]) == 1
+
+
+def test_only_what_changed_is_done_again(sources, tmp_path):
+    out = tmp_path / "out"
+    build(sources, out)
+    before = times(out)
+    path = tmp_path / "repo3" / "b.py"
+    path.write_text("def function3():\n    return 'changed'\n")
+    build(sources, out)
+    changed = {name for name, moment in times(out).items() if before[name] != moment}
+    assert {name.rsplit("-", 1)[1] for name in changed} == {"00003.parquet"}
+    assert {name.split("/")[0] for name in changed} == {"crawl", "filter", "digests", "dedup", "documents"}
+    build(sources, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_new_first_copy_redoes_those_that_it_changes(sources, tmp_path):
+    out = tmp_path / "out"
+    build(sources, out)
+    before = times(out)
+    (tmp_path / "repo0" / "common.py").unlink()  # so repo1 keeps its copy now, and the others point to that
+    build(sources, out)
+    changed = {name for name, moment in times(out).items() if before[name] != moment}
+    assert {name for name in changed if name.startswith("documents/")} == {
+        f"documents/part-0000{number}.parquet" for number in range(6)
+    }
+    assert not any(name.startswith(("crawl/", "filter/")) and "00000" not in name for name in changed)
+    build(sources, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_changed_rule_redoes_the_filter_and_not_the_crawl(sources, tmp_path):
+    out = tmp_path / "out"
+    build(sources, out)
+    before = times(out)
+    config = CONFIG | {"filter": {"alphabetic_share": 0}}
+    corpus.build(sources, out, config=config, progress=False)
+    changed = {name.split("/")[0] for name, moment in times(out).items() if before[name] != moment}
+    assert changed == {"filter", "digests", "dedup", "documents"}
+    assert any("digits.py" in document.paths for document in corpus.documents(out))
+
+
+def test_fewer_sources_leave_nothing_behind(sources, tmp_path):
+    out = tmp_path / "out"
+    build(sources, out)
+    (out / "crawl" / "mine.txt").write_text("not ours")
+    build(sources[:4], out)
+    (out / "crawl" / "mine.txt").unlink()
+    build(sources[:4], tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_lost_or_cut_output_is_made_again(sources, tmp_path):
+    out = tmp_path / "out"
+    build(sources, out)
+    expected = contents(out)
+    os.unlink(out / "filter" / "part-00002.parquet")
+    os.truncate(out / "documents" / "part-00001.parquet", 10)
+    (out / "dedup" / "shard-00004.json").write_text("{")
+    build(sources, out)
+    assert contents(out) == expected
+
+
+def test_a_failed_shard_does_not_stop_the_others(sources, tmp_path):
+    out = tmp_path / "out"
+    bad = tmp_path / "repo2.zip"
+    bad.write_bytes(b"noise")
+    with pytest.raises(ValueError) as error:
+        build([*sources[:2], str(bad), f"file://{tmp_path}/repo9", *sources[3:]], out)
+    message = str(error.value)
+    assert message.startswith("2 of the 7 shards of the stage crawl failed: shard 00002: ")
+    assert "repo2.zip: this archive cannot be read" in message
+    assert "shard 00006: file://" in message
+    assert "repo9: git clone failed" in message
+    assert message.endswith("the others are kept: remove the cause and run the same command again")
+    assert "\n" not in message
+    manifest = json.loads((out / "crawl" / "manifest.json").read_text())
+    assert not manifest["finished"]
+    assert "repo2.zip" in manifest["shards"]["00002"]["failed"]
+    assert "Traceback" in manifest["shards"]["00002"]["traceback"]
+    assert len(list((out / "crawl").glob("part-*.parquet"))) == 5
+
+
+def ends(out, shard, settings):
+    """A stage whose second shard takes its process with it, as the kernel does when memory runs out."""
+    if shard.name == "00001":
+        os._exit(9)
+    return Result({"part": pa.table({"x": [1]})}, {"files": 1})
+
+
+def raises(out, shard, settings):
+    raise KeyError("surprise")
+
+
+SHARDS = [Shard(f"{number:05}", (), str(number)) for number in range(3)]
+
+
+def test_a_dead_worker_is_a_failure_not_a_hang(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    function = __import__("test_corpus_stage").ends  # by the name under which a worker can import it
+    reason = "a worker process was killed, perhaps for want of memory; use fewer workers"
+    with stage.process_pool(2) as pool, pytest.raises(ValueError, match=reason):
+        stage.run("test", tmp_path, function, SHARDS, pool=pool)
+
+
+def test_an_unexpected_error_names_its_type(tmp_path):
+    with pytest.raises(ValueError, match=r"shard 00001: KeyError: 'surprise'"):
+        stage.run("test", tmp_path, raises, SHARDS)
+
+
+def test_counts_add_up():
+    total: dict = {}
+    stage.add(total, {"files": 1, "languages": {"C": {"files": 1}}})
+    stage.add(total, {"files": 2, "languages": {"C": {"files": 1}, "Go": {"files": 1}}})
+    assert total == {"files": 3, "languages": {"C": {"files": 2}, "Go": {"files": 1}}}
