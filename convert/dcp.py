@@ -5,6 +5,7 @@ file freely; here only the classes that describe tensors are let through, so a c
 """
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,5 +64,7 @@ def read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+        load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -49,7 +49,8 @@ SUFFIX = """
 def repositories() -> list[str]:
     """The packages of the standard library that hold code, not tests or data."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "lib2to3", "turtledemo"}
+    skipped = {"test", "site-packages", "dist-packages", "ensurepip", "lib2to3", "turtledemo"}
+    skipped |= {"encodings", "pydoc_data"}  # tables, not code
     return sorted(str(p.parent) for p in library.glob("*/__init__.py") if p.parent.name not in skipped)
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     short = f"pretrain corpus {sources[0]} ... ({len(sources)} packages) --out {corpus}"
     call("pretrain", "corpus", *sources, "--out", corpus, shown=short)
     call("pretrain", "tokenizer", corpus, "--vocab-size", "4096", "--out", tokenizer, "--force")
-    call("pretrain", "tokens", corpus, "--tokenizer", tokenizer, "--out", tokens, "--valid", "0.03")
+    call("pretrain", "tokens", corpus, "--tokenizer", tokenizer, "--out", tokens, "--valid", "0.06")
     changes = [part for change in ON_A_GPU if gpu for part in ("--set", change)]
     call("pretrain", "train", str(RECIPE), *changes)
     call("pretrain", "plot", str(run))
