@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 from convert.dcp import Reader
 from deepseek_coder.model import Decoder
@@ -40,7 +41,14 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(model, optimizer), checkpoint_id=temporary)
+    try:
+        dcp.save(_tensors(model, optimizer), checkpoint_id=temporary)
+    except CheckpointException as error:  # holds the failure of each rank
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(
+            f"{final}: cannot be written ({reason}); free space there and run the same command again"
+        ) from None
     if dist.get_rank() == 0:
         dtype = {"torch_dtype": "float32"}
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict() | dtype, indent=2) + "\n")

@@ -176,6 +176,21 @@ def test_mistakes_are_one_line(prepared, tmp_path, change, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_disk_is_one_line(prepared, tmp_path):
+    import resource
+
+    done = subprocess.run(
+        command(prepared, tmp_path / "run", "train.steps=1"),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
 def test_a_checkpoint_cannot_run_code(finished, tmp_path):
     import pickle
     import shutil
