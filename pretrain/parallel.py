@@ -6,6 +6,7 @@ number of valid tokens of the whole step happens once, in the loss, so that any 
 micro-batches gives the same gradient.
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,10 +33,16 @@ def process_group(device_type: str) -> Iterator[DeviceMesh]:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(**options)
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     try:
-        yield init_device_mesh(device_type, (dist.get_world_size(),))
+        yield mesh
     finally:
         dist.destroy_process_group()
+        # A gloo thread that still has to free the last collective's tensors when Python shuts down aborts the process
+        # (pytorch issue 190489). The threads end with the last reference to the group: what FSDP holds goes with the
+        # model, and the mesh, which DTensor's caches keep for ever, has to let go of it (torch 2.11's holds none).
+        getattr(mesh, "_pg_registry", {}).clear()
+        gc.collect()
 
 
 def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -96,6 +96,25 @@ def test_several_processes_equal_one(prepared, finished, tmp_path, processes):
     torch.testing.assert_close(rows[0][0], rows[1][0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_no_thread_of_the_process_group_outlives_training(prepared, tmp_path):
+    """One that frees its last tensors while Python shuts down aborts the process, one run in ten on a busy machine."""
+    code = """if True:
+        import pathlib, sys
+        from pretrain import parallel, recipe
+        from pretrain.train import train
+        gloo = lambda: [t for t in pathlib.Path("/proc/self/task").iterdir() if "gloo" in (t / "comm").read_text()]
+        with parallel.process_group("cpu"):
+            assert gloo()
+        train(recipe.load(sys.argv[1], sys.argv[2:]))
+        assert not gloo(), [(t / "comm").read_text() for t in gloo()]
+        """
+    recipe, *changes = command(prepared, tmp_path / "run", "train.steps=2")[4:]
+    changes = [part for part in changes if part != "--set"]
+    done = subprocess.run([sys.executable, "-c", code, recipe, *changes], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_killed_run_goes_on_bit_for_bit(prepared, finished, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
