@@ -23,6 +23,7 @@ from deepseek_coder.tokenizer import Tokenizer
 
 from . import corpus
 from .corpus import Document
+from .corpus.stage import write_json
 
 SPLITS = ("train", "valid")
 # Text that is encoded, written and recorded together.
@@ -32,8 +33,8 @@ CHUNK_BYTES = 16 * 2**20
 class TokenFiles:
     """One split of a finished token folder.
 
-    ids: (tokens,) memory-mapped; file_ends: (files,) int64; document_ends: (documents,) int64; num_bytes: UTF-8
-    length of the split's text. Raises FileNotFoundError or ValueError for a missing, unfinished or damaged folder.
+    ids: (tokens,) memory-mapped; file_ends: (files,) int64; document_ends: (documents,) int64. Raises
+    FileNotFoundError or ValueError for a missing, unfinished or damaged folder.
     """
 
     def __init__(self, path: Path, split: str):
@@ -47,7 +48,6 @@ class TokenFiles:
         dtype = np.dtype(manifest["dtype"])
         if totals["tokens"] == 0:
             raise ValueError(f"{path}: the split {split!r} is empty; use a larger corpus or another --valid share")
-        self.num_bytes: int = totals["bytes"]
         self.ids = self._map(f"{split}.ids", dtype, totals["tokens"])
         self.file_ends = np.array(self._map(f"{split}.files", np.dtype("<u8"), totals["files"]), np.int64)
         self.document_ends = np.array(self._map(f"{split}.documents", np.dtype("<u8"), totals["documents"]), np.int64)
@@ -101,12 +101,12 @@ def build(
                 splits[split].flush(out / split, dtype)
             done += len(chunk)
             totals = {split: splits[split].totals for split in SPLITS}
-            _write_json(out / "progress.json", {"key": key, "documents": done, "splits": totals})
+            write_json(out / "progress.json", {"key": key, "documents": done, "splits": totals})
             bar.update(task, completed=done, description=f"tokens: {sum(t['tokens'] for t in totals.values()):,}")
     (out / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(out / "tokenizer")
     manifest = {"key": key, "dtype": dtype.str, "splits": {split: splits[split].totals for split in SPLITS}}
-    _write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest)
     (out / "progress.json").unlink(missing_ok=True)
     return manifest
 
@@ -170,9 +170,3 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
