@@ -39,8 +39,8 @@ def process_group(device_type: str) -> Iterator[DeviceMesh]:
     finally:
         dist.destroy_process_group()
         # A gloo thread that still has to free the last collective's tensors when Python shuts down aborts the process
-        # (pytorch issue 190489). The threads end with the last reference to the group: what FSDP holds goes with the
-        # model, and the mesh, which DTensor's caches keep for ever, has to let go of it (torch 2.11's holds none).
+        # (pytorch issue 190489). The threads end with the last reference to the group: FSDP's go with the model, and
+        # the mesh, which DTensor's caches keep for ever, has to let go of its own (a test counts the threads).
         getattr(mesh, "_pg_registry", {}).clear()
         gc.collect()
 
