@@ -98,7 +98,7 @@ def test_several_processes_equal_one(prepared, finished, tmp_path, processes):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_no_thread_of_the_process_group_outlives_training(prepared, tmp_path):
-    """One that frees its last tensors while Python shuts down aborts the process, one run in ten on a busy machine."""
+    """One that frees its last tensors while Python shuts down aborts the process, now and then."""
     code = """if True:
         import pathlib, sys
         from pretrain import parallel, recipe
