@@ -4,6 +4,7 @@ The repositories are the packages of the running Python's standard library. Ever
 be repeated by hand. With a GPU the same commands train a larger model on more steps.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -54,9 +55,9 @@ def repositories() -> list[str]:
     return sorted(str(p.parent) for p in library.glob("*/__init__.py") if p.parent.name not in skipped)
 
 
-def call(*command: str, shown: str | None = None) -> None:
+def call(*command: str) -> None:
     """Run one of the project's commands, after printing it."""
-    print(f"\n$ python -m {shown or shlex.join(command)}", flush=True)
+    print(f"\n$ python -m {shlex.join(command)}", flush=True)
     done = subprocess.run([sys.executable, "-m", *command])
     if done.returncode:
         sys.exit(done.returncode)
@@ -66,11 +67,12 @@ def main() -> None:
     started = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     gpu = torch.cuda.is_available()
-    sources = repositories()
-    corpus, tokenizer, tokens = (str(FOLDER / name) for name in ("corpus", "tokenizer", "tokens"))
+    sources, corpus, tokenizer, tokens = (
+        str(FOLDER / name) for name in ("repositories.jsonl", "corpus", "tokenizer", "tokens")
+    )
     run, model = FOLDER / "run", FOLDER / "model"
-    short = f"pretrain corpus {sources[0]} ... ({len(sources)} packages) --out {corpus}"
-    call("pretrain", "corpus", *sources, "--out", corpus, shown=short)
+    Path(sources).write_text("".join(json.dumps({"path": path}) + "\n" for path in repositories()))
+    call("pretrain", "corpus", sources, "--out", corpus)
     call("pretrain", "tokenizer", corpus, "--vocab-size", "4096", "--out", tokenizer, "--force")
     call("pretrain", "tokens", corpus, "--tokenizer", tokenizer, "--out", tokens, "--valid", "0.06")
     changes = [part for change in ON_A_GPU if gpu for part in ("--set", change)]

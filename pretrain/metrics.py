@@ -3,7 +3,11 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepseek_coder.config import ModelConfig
 
@@ -31,6 +35,14 @@ def mfu(config: ModelConfig, window: int, tokens_per_second: float, device_name:
 def bits_per_byte(nll: float, num_bytes: float) -> float:
     """nll: summed negative log-likelihood in nats of text that is `num_bytes` long in UTF-8."""
     return nll / math.log(2) / num_bytes
+
+
+def progress_bar(shown: bool) -> Progress:
+    """Steps done and the time that the rest takes, on stderr where that is a terminal; gone when it ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Lines for a terminal pass above the bar; redirected to a file they must stay on stdout.
+    terminal = sys.stdout.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=terminal, disable=not shown)
 
 
 class MetricsFile:

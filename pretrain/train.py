@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,12 +40,12 @@ def train(recipe: Recipe) -> None:
     settings = recipe.train
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
-    with parallel.process_group(device_type) as mesh:
+    with parallel.process_group(device_type) as mesh, metrics.progress_bar(dist.get_rank() == 0) as bar:
         torch.manual_seed(settings.seed)
-        _train(recipe, mesh, torch.device(device_type), dtype)
+        _train(recipe, mesh, torch.device(device_type), dtype, bar)
 
 
-def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
+def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, bar: Progress) -> None:
     settings, run = recipe.train, Path(recipe.train.run)
     rank, world = dist.get_rank(), dist.get_world_size()
     if settings.batch % (world * settings.micro_batch):
@@ -91,6 +92,7 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
     )
     if valid is not None and first == 0:
         report({"step": 0, **validate(model, valid, device, settings.validate_windows)})
+    task = bar.add_task("training", total=settings.steps, completed=first)
     clock, clock_step = time.perf_counter(), first
     for step in range(first, settings.steps):
         model.train()
@@ -130,6 +132,7 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
             report({"step": step, **validate(model, valid, device, settings.validate_windows)})
         if "tokens_per_second" in row:
             clock, clock_step = time.perf_counter(), done
+        bar.update(task, completed=done)
 
 
 @torch.no_grad()
