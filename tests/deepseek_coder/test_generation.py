@@ -103,21 +103,22 @@ def test_the_context_bounds_a_completion(small):
         generate(model, tokenizer, "x", top_p=0.0)
 
 
+@pytest.fixture(scope="module")
+def pair(smollm2, tmp_path_factory):
+    import transformers
+
+    from deepseek_coder import save
+
+    ours, tokenizer = load(smollm2)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    save(folder, ours, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return ours, theirs, tokenizer
+
+
 @pytest.mark.network
 class TestSmolLM2:
     """Real trained weights; transformers on the same dequantised tensors is the oracle."""
-
-    @pytest.fixture(scope="class")
-    def pair(self, smollm2, tmp_path_factory):
-        import transformers
-
-        from deepseek_coder import save
-
-        ours, tokenizer = load(smollm2)
-        folder = tmp_path_factory.mktemp("smollm2") / "model"
-        save(folder, ours, tokenizer)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return ours, theirs, tokenizer
 
     @torch.inference_mode()
     def test_logits(self, pair):
