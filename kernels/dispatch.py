@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import torch
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "hopper", "triton", "reference")
 
 _lock = threading.Lock()
 _warned: set[str] = set()
@@ -50,17 +50,31 @@ def triton_missing() -> str | None:
     return None
 
 
+@functools.cache
+def hopper_missing(device: torch.device) -> str | None:
+    """Why the Hopper kernels cannot run on `device`, or None when they can."""
+    if device.type != "cuda":
+        return f"the Hopper kernels need a Hopper GPU, and the tensors are on {device}"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"the Hopper kernels need a Hopper GPU, not {torch.cuda.get_device_name(device)}"
+    try:
+        importlib.import_module("kernels.attention.hopper")
+    except Exception as error:  # Gluon is young: another version of triton may lack what they use, in many ways
+        return f"the Hopper kernels do not import ({error})"
+    return None
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter on the CPU. Must be set before triton is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _warn_once(reason: str) -> None:
+def _warn_once(instead: str, reason: str) -> None:
     with _lock:
         if reason in _warned:
             return
         _warned.add(reason)
-    warnings.warn(f"kernels: using the plain PyTorch reference, since {reason}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"kernels: using {instead}, since {reason}", RuntimeWarning, stacklevel=3)
 
 
 def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
@@ -77,17 +91,32 @@ def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
             return False
         reason = triton_missing() or unsupported
         if reason:
-            _warn_once(reason)
+            _warn_once("the plain PyTorch reference", reason)
         return reason is None
     if tensor.device.type != "cuda" and not interpreting():
         raise ValueError(
-            f"kernel backend 'triton' was asked for, but the tensors are on {tensor.device}: move them to a GPU, "
+            f"kernel backend {name!r} was asked for, but the tensors are on {tensor.device}: move them to a GPU, "
             "choose 'auto' or 'reference', or set TRITON_INTERPRET=1 before starting Python (slow: for tests)"
         )
     reason = triton_missing() or unsupported
     if reason:
-        raise ValueError(f"kernel backend 'triton' was asked for, but {reason}")
+        raise ValueError(f"kernel backend {name!r} was asked for, but {reason}")
     return True
+
+
+def use_hopper(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
+    """Of an op whose Triton kernel can run: whether it runs its Hopper kernel instead. As `use_triton` otherwise."""
+    name = requested()
+    if name not in ("auto", "hopper"):
+        return False
+    if name == "auto" and torch.cuda.get_device_capability(tensor.device) != (9, 0):
+        return False  # nothing is missing: there is no faster path
+    reason = hopper_missing(tensor.device) or unsupported
+    if reason and name == "hopper":
+        raise ValueError(f"kernel backend 'hopper' was asked for, but {reason}")
+    if reason:
+        _warn_once("the portable Triton kernels", reason)
+    return reason is None
 
 
 @contextmanager
@@ -107,15 +136,19 @@ def backend(name: str) -> AbstractContextManager[None]: ...
 def backend(name: str | None = None) -> str | AbstractContextManager[None]:
     """The kernel backend in use, or a context manager that chooses one.
 
-    `backend()` returns "triton" or "reference": what was asked for, or what `auto` takes on this machine.
+    `backend()` returns "hopper" (Triton kernels, and for attention those of the Hopper generation), "triton" or
+    "reference": what was asked for, or what `auto` takes on this machine.
     `with backend("reference"): ...` chooses for the whole process (not for one thread) until the block ends.
-    Without it DEEPSEEK_CODER_KERNELS decides; values: auto, triton, reference. ValueError for any other name.
+    Without it DEEPSEEK_CODER_KERNELS decides; values: auto, hopper, triton, reference. ValueError for any other name.
     """
     if name is not None:
         return _choose(_check_name(name))
     if requested() != "auto":
         return requested()
-    return "triton" if torch.cuda.is_available() and triton_missing() is None else "reference"
+    if not torch.cuda.is_available() or triton_missing():
+        return "reference"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return "hopper" if torch.cuda.get_device_capability(device) == (9, 0) and not hopper_missing(device) else "triton"
 
 
 class Kernel:

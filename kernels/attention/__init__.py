@@ -6,7 +6,7 @@ projection (total, (heads + 2 kv_heads) * head_dim) is three strided views of on
 returns gradients aliasing each other, and three separate gradients would have to be copied together, so the fused form
 has an op of its own, whose backward fills the three views of a single dqkv.
 
-With S = scale Q K^T and lse = log sum exp(S), both backends keep (out, lse); either can run the other's backward.
+With S = scale Q K^T and lse = log sum exp(S), every backend keeps (out, lse), and can run any other's backward.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import check, use_triton
+from ..dispatch import check, use_hopper, use_triton
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"]
 
 
-def _implementation(q: Tensor) -> Any:
-    """The Triton implementation, or the reference, which has the same two functions; only the first imports triton."""
+def _implementation(q: Tensor, k: Tensor, scale: float, deterministic: bool = False) -> Any:
+    """The module that runs these inputs: reference, portable and hopper have the same two functions."""
     unsupported = None
     if q.shape[2] not in (16, 32, 64, 128):
         unsupported = f"the Triton attention has head_dim 16, 32, 64 and 128, not {q.shape[2]}"
@@ -29,6 +29,17 @@ def _implementation(q: Tensor) -> Any:
         unsupported = "the Triton kernels do not compute in float64"
     if not use_triton(q, unsupported):
         return reference
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] not in (64, 128) or scale <= 0:
+        unsupported = (
+            "the Hopper attention has fp16 and bf16, head_dim 64 and 128, and positive scales, "
+            f"not {q.dtype}, {q.shape[2]} and {scale}"
+        )
+    # Nothing to describe to the copy engine; and the Hopper backward adds up dQ in the order in which tiles finish.
+    empty = q.shape[0] == 0 or k.shape[0] == 0
+    if not empty and not deterministic and use_hopper(q, unsupported):
+        from . import hopper
+
+        return hopper
     from . import portable
 
     return portable
@@ -41,26 +52,30 @@ def _rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("deepseek_coder::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """-> out (total_q, heads, head_dim), lse (heads, total_q) fp32."""
-    return _implementation(q).attention(_rows(q), _rows(k), _rows(v), cu_seqlens_q, cu_seqlens_k, scale, causal)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> out (total_q, heads, head_dim), lse (heads, total_q) fp32. deterministic: of the backward."""
+    return _implementation(q, k, scale).attention(
+        _rows(q), _rows(k), _rows(v), cu_seqlens_q, cu_seqlens_k, scale, causal
+    )
 
 
 @_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.wide(q.dtype))
 
 
 @torch.library.custom_op("deepseek_coder::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _implementation(q).attention_backward(
+    _implementation(q, k, scale, deterministic).attention_backward(
         dout.contiguous(), dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
         cu_seqlens_q, cu_seqlens_k, scale, causal, dq, dk, dv,
     )  # fmt: skip
@@ -70,22 +85,22 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.causal = inputs
+    *tensors, ctx.scale, ctx.causal, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, dout, dlse):
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
     gradients = _attention_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal, ctx.deterministic
     )  # fmt: skip
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -99,16 +114,18 @@ def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tens
 
 @torch.library.custom_op("deepseek_coder::attention_qkvpacked", mutates_args=())
 def _attention_qkvpacked(
-    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool
+    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     """-> out (total, heads * head_dim), lse (heads, total) fp32."""
     q, k, v = _split(_rows(qkv), heads, kv_heads)
-    out, lse = _implementation(q).attention(q, k, v, cu_seqlens, cu_seqlens, scale, causal)
+    out, lse = _implementation(q, k, scale).attention(q, k, v, cu_seqlens, cu_seqlens, scale, causal)
     return out.flatten(1), lse
 
 
 @_attention_qkvpacked.register_fake
-def _(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool
+) -> tuple[Tensor, Tensor]:
     columns = qkv.shape[1] // (heads + 2 * kv_heads) * heads
     return qkv.new_empty(qkv.shape[0], columns), qkv.new_empty((heads, qkv.shape[0]), dtype=reference.wide(qkv.dtype))
 
@@ -116,11 +133,11 @@ def _(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, 
 @torch.library.custom_op("deepseek_coder::attention_qkvpacked_backward", mutates_args=())
 def _attention_qkvpacked_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-    heads: int, kv_heads: int, scale: float, causal: bool,
+    heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     q, k, v = _split(_rows(qkv), heads, kv_heads)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _implementation(q).attention_backward(
+    _implementation(q, k, scale, deterministic).attention_backward(
         dout.contiguous().view(q.shape), torch.zeros_like(lse), q, k, v, out.view(q.shape), lse,
         cu_seqlens, cu_seqlens, scale, causal, *_split(dqkv, heads, kv_heads),
     )  # fmt: skip
@@ -130,7 +147,7 @@ def _attention_qkvpacked_backward(
 @_attention_qkvpacked_backward.register_fake
 def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-    heads: int, kv_heads: int, scale: float, causal: bool,
+    heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
@@ -141,7 +158,7 @@ def _setup_qkvpacked(ctx, inputs, output):
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):  # lse is not handed out, so nothing flows back into it
-    return _attention_qkvpacked_backward(dout, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
+    return _attention_qkvpacked_backward(dout, *ctx.saved_tensors, *ctx.constants), *[None] * 6
 
 
 _attention_qkvpacked.register_autograd(_backward_qkvpacked, setup_context=_setup_qkvpacked)
@@ -194,15 +211,17 @@ def flash_attn_varlen_func(
     multiple of kv_heads (query head h reads key head h * kv_heads // heads). cu_seqlens_*: int32 (documents + 1,), from
     0 up to the total; repeated values are empty documents. Causal is aligned to the bottom right: query i of n sees key
     j of m when j <= i + m - n. Rows that see no key give zeros (lse -inf). Scale: head_dim^-0.5 unless given.
-    `max_seqlen_*` are accepted for compatibility: no launch depends on them, None costs nothing. The backward uses no
-    atomics, so it is deterministic whether asked or not.
+    `max_seqlen_*` are accepted for compatibility: no launch depends on them, None costs nothing. deterministic: the
+    backward gives the same bits each time; on Hopper it is slower then, elsewhere it is so whether asked or not.
 
     Returns out like q; with return_lse also lse (heads, total_q) fp32, natural logarithm, differentiable as well.
     ValueError when shapes, dtypes or devices do not fit.
     """
     _check_tensors("flash_attn_varlen_func", 3, q, k, v)
     _check_lengths("flash_attn_varlen_func", q, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(softmax_scale, q.shape[-1]), causal)
+    out, lse = _attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, _scale(softmax_scale, q.shape[-1]), causal, deterministic
+    )
     return (out, lse) if return_lse else out
 
 
@@ -227,9 +246,11 @@ def flash_attn_func(
     )
     batch, queries, heads, head_dim = q.shape
     steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    cu_seqlens_q = steps * queries
+    cu_seqlens_k = cu_seqlens_q if k.shape[1] == queries else steps * k.shape[1]
     out, lse = _attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), steps * queries, steps * k.shape[1],
-        _scale(softmax_scale, head_dim), causal,
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q, cu_seqlens_k,
+        _scale(softmax_scale, head_dim), causal, deterministic,
     )  # fmt: skip
     out = out.view(q.shape)
     return (out, lse.view(heads, batch, queries).transpose(0, 1)) if return_lse else out
@@ -258,4 +279,4 @@ def flash_attn_varlen_qkvpacked_func(
     check(qkv.is_floating_point(), lambda: f"{name}: qkv must be floating point, not {qkv.dtype}")
     _check_lengths(name, qkv, cu_seqlens, cu_seqlens)
     scale = _scale(softmax_scale, qkv.shape[1] // heads)
-    return _attention_qkvpacked(qkv, cu_seqlens, num_heads, num_kv_heads, scale, causal)[0]
+    return _attention_qkvpacked(qkv, cu_seqlens, num_heads, num_kv_heads, scale, causal, deterministic)[0]

@@ -43,15 +43,16 @@ def block_sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int
 
 
 @triton.jit
-def _find_document(cu_seqlens, documents, tile, BLOCK: tl.constexpr):
-    """The last document whose first tile is not behind `tile`."""
-    low = tl.zeros((), tl.int32)
-    high = low + documents
-    while high - low > 1:
-        middle = (low + high) // 2
+def find_document(cu_seqlens, documents, tile, BLOCK: tl.constexpr):
+    """The last document whose first tile is not behind `tile`; a number, or a tensor of numbers."""
+    low = tile * 0
+    size = documents
+    while size > 1:
+        half = size // 2
+        middle = low + half
         behind = tl.load(cu_seqlens + middle) // BLOCK + middle > tile
         low = tl.where(behind, low, middle)
-        high = tl.where(behind, middle, high)
+        size -= half
     return low
 
 
@@ -104,7 +105,7 @@ def _forward_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    document = _find_document(cu_q, documents, tile, BLOCK_M)
+    document = find_document(cu_q, documents, tile, BLOCK_M)
     b_q = tl.load(cu_q + document)
     n_q = tl.load(cu_q + document + 1) - b_q
     first_row = (tile - (b_q // BLOCK_M + document)) * BLOCK_M
@@ -174,7 +175,7 @@ def _dkdv_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
-    document = _find_document(cu_k, documents, tile, BLOCK_N)
+    document = find_document(cu_k, documents, tile, BLOCK_N)
     b_k = tl.load(cu_k + document)
     n_k = tl.load(cu_k + document + 1) - b_k
     first_column = (tile - (b_k // BLOCK_N + document)) * BLOCK_N
@@ -258,7 +259,7 @@ def _dq_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    document = _find_document(cu_q, documents, tile, BLOCK_M)
+    document = find_document(cu_q, documents, tile, BLOCK_M)
     b_q = tl.load(cu_q + document)
     n_q = tl.load(cu_q + document + 1) - b_q
     first_row = (tile - (b_q // BLOCK_M + document)) * BLOCK_M
