@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 import kernels
@@ -28,7 +30,7 @@ NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1",
 }  # fmt: skip
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -49,6 +51,9 @@ def source(kernel, args, kwargs):
         aligned = False
         if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}],{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + NAMES[value.dtype]
             aligned = value.data_ptr() % 16 == 0
@@ -59,23 +64,37 @@ def source(kernel, args, kwargs):
             aligned = value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
             attributes[at] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, constants, attributes), options
 
 
 def inspect_binary(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass, usage = (
-            subprocess.run([f"{TOOLS}/cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-sass", "-res-usage")
+        sass, usage, labelled = (
+            subprocess.run([f"{TOOLS}/{tool}", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-sass"), ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    operations = collections.Counter(re.findall(r"\b(HGMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS)\b", sass))
+    operations = collections.Counter(
+        re.findall(r"\b(HGMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMAREDG|USETMAXREG)\b", sass)
+    )
     stack = re.search(r"STACK:(\d+)", usage)
     registers = re.search(r"REG:(\d+)", usage)
     assert stack, usage
     assert registers, usage
-    return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations}
+    loops = longest_loops(labelled)
+    return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations, "loops": loops}
+
+
+def assembler_warnings(ptx):
+    """What the assembler says of lost performance: serialised matrix products, registers that it would not move."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [f"{TOOLS}/ptxas", "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line for line in done.stderr.splitlines() if "Potential Performance Loss" in line]
 
 
 def run_ops(dtype, head_dim):
@@ -98,13 +117,48 @@ def run_ops(dtype, head_dim):
     kernels.linear_cross_entropy(x[:2], vocabulary.detach(), torch.arange(2))
 
 
-def main(dtype, head_dim):
+def run_attention(dtype, head_dim):
+    """The Hopper kernels: heads that share key heads or not, causal or not, forward and backward."""
+    cu = torch.tensor([0, 40, 300], dtype=torch.int32)
+    for heads, kv_heads, causal in ((4, 4, True), (4, 2, False)):
+        qkv = torch.zeros(300, (heads + 2 * kv_heads) * head_dim, dtype=dtype, requires_grad=True)
+        out = kernels.flash_attn_varlen_qkvpacked_func(
+            qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal
+        )  # fmt: skip
+        out.sum().backward()
+
+
+def longest_loops(sass):
+    """Of each loop that multiplies matrices: how many matrix products and accesses to local memory it holds.
+
+    A loop is what lies between a label and the last branch back to it; loops that hold other such loops are left out.
+    """
+    lines, labels, loops = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"\bBRA(?:\.\S+)?\s+(?:\S+,\s*)*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in labels:
+            body = "\n".join(lines[labels[branch[1]] : i])
+            if re.search(r"\bHGMMA\b", body):
+                loops.append((labels[branch[1]], i, body))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a[:2] != b[:2] for b in loops)]
+    return [{name: len(re.findall(rf"\b{name}\b", body)) for name in ("HGMMA", "LDL", "STL")} for _, _, body in inner]
+
+
+def main(dtype, head_dim, hopper):
     launches = []
     record(launches)
     for module in ("attention", "norm", "rope", "swiglu", "loss"):
         importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
     assert not dispatch.interpreting()
-    run_ops(getattr(torch, dtype), int(head_dim))
+    attention = importlib.import_module("kernels.attention")
+    attention.use_hopper = lambda *_: hopper == "hopper"
+    if hopper == "hopper":
+        importlib.import_module("kernels.attention.hopper")._multiprocessors = lambda _: 132
+        run_attention(getattr(torch, dtype), int(head_dim))
+    else:
+        run_ops(getattr(torch, dtype), int(head_dim))
     done = set()
     for kernel, args, kwargs in launches:
         src, options = source(kernel, args, dict(kwargs))
@@ -116,6 +170,7 @@ def main(dtype, head_dim):
         flags = {k: v for k, v in kwargs.items() if isinstance(v, (bool, int))}
         report = {"kernel": f"{kernel.__module__}.{kernel.fn.__name__}", "flags": flags}
         report |= {"shared": compiled.metadata.shared, "target": re.search(r"\.target (\S+)", compiled.asm["ptx"])[1]}
+        report |= {"version": triton.__version__, "warnings": assembler_warnings(compiled.asm["ptx"])}
         print(json.dumps(report | inspect_binary(compiled.asm["cubin"])), flush=True)
 
 

@@ -204,14 +204,14 @@ def test_nothing_to_attend(triton, device, nan_filled, queries, keys):
 
 def test_opcheck(opcheck, device):
     q, k, v, cu_q, cu_k = packed(([5, 0, 12], [9, 2, 12]), 4, 2, 16, torch.float32, device)
-    opcheck("attention", q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), cu_q, cu_k, 0.25, True)
-    out, lse = torch.ops.deepseek_coder.attention(q, k, v, cu_q, cu_k, 0.25, True)
+    opcheck("attention", q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), cu_q, cu_k, 0.25, True, False)
+    out, lse = torch.ops.deepseek_coder.attention(q, k, v, cu_q, cu_k, 0.25, True, False)
     tensors = [x.detach() for x in (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)]
-    opcheck("attention_backward", *tensors, cu_q, cu_k, 0.25, True)
+    opcheck("attention_backward", *tensors, cu_q, cu_k, 0.25, True, False)
     qkv = torch.randn(17, 8 * 16, device=device)
-    opcheck("attention_qkvpacked", qkv.clone().requires_grad_(), cu_q, 4, 2, 0.25, True)
-    out, lse = torch.ops.deepseek_coder.attention_qkvpacked(qkv, cu_q, 4, 2, 0.25, True)
-    opcheck("attention_qkvpacked_backward", torch.randn_like(out), qkv, out, lse, cu_q, 4, 2, 0.25, True)
+    opcheck("attention_qkvpacked", qkv.clone().requires_grad_(), cu_q, 4, 2, 0.25, True, False)
+    out, lse = torch.ops.deepseek_coder.attention_qkvpacked(qkv, cu_q, 4, 2, 0.25, True, False)
+    opcheck("attention_qkvpacked_backward", torch.randn_like(out), qkv, out, lse, cu_q, 4, 2, 0.25, True, False)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])

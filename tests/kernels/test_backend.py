@@ -36,13 +36,13 @@ def test_environment(monkeypatch):
     with backend("triton"):
         assert backend() == "triton"
     monkeypatch.setenv("DEEPSEEK_CODER_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="'fastest' does not exist; choose one of: auto, triton, reference"):
+    with pytest.raises(ValueError, match="'fastest' does not exist; choose one of: auto, hopper, triton, reference"):
         swiglu(torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("name", ["hopper", "", "Triton"])
+@pytest.mark.parametrize("name", ["Hopper", "", "Triton"])
 def test_unknown_name(name):
-    with pytest.raises(ValueError, match="auto, triton, reference"):
+    with pytest.raises(ValueError, match="auto, hopper, triton, reference"):
         backend(name)
 
 
@@ -50,7 +50,14 @@ def test_auto(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend() == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert backend() == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: None)
+    assert backend() == "hopper"
+    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: "the Hopper kernels do not import")
     assert backend() == "triton"
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
     assert backend() == "reference"
@@ -59,6 +66,22 @@ def test_auto(monkeypatch):
 
 class OnGpu:
     device = torch.device("cuda")
+
+
+def test_hopper_is_chosen_refused_and_missed(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch.use_hopper(OnGpu()), "on another GPU nothing is missing"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        assert dispatch.use_hopper(OnGpu())
+        with backend("triton"):
+            assert not dispatch.use_hopper(OnGpu())
+    with pytest.warns(RuntimeWarning, match="portable Triton kernels, since they have no head_dim 32"):
+        assert not dispatch.use_hopper(OnGpu(), "they have no head_dim 32")
+    with backend("hopper"), pytest.raises(ValueError, match="'hopper' was asked for, but they have no head_dim 32"):
+        dispatch.use_hopper(OnGpu(), "they have no head_dim 32")
 
 
 def test_auto_warns_once_why(monkeypatch):
