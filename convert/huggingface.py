@@ -7,6 +7,8 @@ one shard at a time.
 
 Writing: nobody may ever see half a model. Everything goes into a temporary sibling of the destination, which is
 renamed at the end; whatever happens before that, a full disk or a killed process, leaves the destination as it was.
+A process killed between the two renames that replace an old folder leaves it set aside, and the next call for the same
+destination puts it back.
 The same tensors in the same order always give the same bytes.
 """
 

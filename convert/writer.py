@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def write_folder(
     force               replace an existing model folder
 
     Raises FileExistsError for a destination in the way, ValueError for tensors that do not fit the config, OSError for
-    what the disk refuses. After any error the destination is as before and the temporary folder is gone.
+    what the disk refuses. After any error the destination is as before and the temporary folder is gone; what a killed
+    process leaves, the next call for the same destination puts right. One process at a time may write a destination.
     """
     config = normalise_config(config, "config of the model to write")
     unknown = sorted(set(tokenizer_files or {}) - set(TOKENIZER_FILES))
@@ -59,29 +61,73 @@ def write_folder(
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}; give a positive number of bytes")
     destination = Path(path).resolve()
+    with _writing(destination):
+        _recover(destination)
     _refuse_existing(destination, force)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
-    # A killed process with the same id may have left one; in containers ids repeat.
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = _temporary(destination)
+    with _writing(destination):
+        temporary.mkdir(parents=True)
     try:
-        dtype = _write_weights(temporary, config, tensors, max_shard_size)
-        _write_json(temporary / "config.json", {**config, "torch_dtype": dtype})
-        if generation_config is None:
-            generation_config = {key: config[key] for key in config if key.endswith("_token_id")}
-        _write_json(temporary / "generation_config.json", generation_config)
-        for name, content in (tokenizer_files or {}).items():
-            (temporary / name).write_bytes(content)
-        for file in temporary.iterdir():
-            _flush_to_disk(file)
-        _move_into_place(temporary, destination)
+        dtype = _write_weights(destination, config, tensors, max_shard_size)
+        with _writing(destination):
+            _write_json(temporary / "config.json", {**config, "torch_dtype": dtype})
+            if generation_config is None:
+                generation_config = {key: config[key] for key in config if key.endswith("_token_id")}
+            _write_json(temporary / "generation_config.json", generation_config)
+            for name, content in (tokenizer_files or {}).items():
+                (temporary / name).write_bytes(content)
+            for file in temporary.iterdir():
+                _flush_to_disk(file)
+            _move_into_place(destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(destination: Path) -> Path:
+    """Where the new folder grows. The name is fixed, so that the next call finds what a killed process left."""
+    return destination.parent / f".{destination.name}.tmp"
+
+
+def _set_aside(destination: Path) -> Path:
+    """Where a replaced folder waits until the new one is in place."""
+    return destination.parent / f".{destination.name}.old"
+
+
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one sentence; the temporary files that the error might name are gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The safetensors library reports a full disk as its own error.
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise OSError(
+            f"{destination}: cannot be written ({reason}); free some space or choose another disk or folder"
+        ) from None
+
+
+def _recover(destination: Path) -> None:
+    """Put right what a killed process left: half a folder, or an old one set aside for a new one that never came."""
+    temporary, old = _temporary(destination), _set_aside(destination)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and _is_free(destination):
+        old.rename(destination)
+    elif old.exists():
+        _delete(old, temporary)
+
+
+def _delete(old: Path, temporary: Path) -> None:
+    """Under the temporary name it is never put back, should the deletion be interrupted half-way."""
+    old.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_free(destination: Path) -> bool:
+    return not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+
+
 def _refuse_existing(destination: Path, force: bool) -> None:
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    if _is_free(destination):
         return
     if not destination.is_dir():
         raise FileExistsError(f"{destination}: is a file; choose another destination")
@@ -98,9 +144,10 @@ def _refuse_existing(destination: Path, force: bool) -> None:
 
 
 def _write_weights(
-    folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], limit: int
+    destination: Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], limit: int
 ) -> str:
     """Write the shards and, if there are several, the index; returns the dtype that most bytes have, as a name."""
+    folder = _temporary(destination)
     expected = names.huggingface(config)
     shards: list[list[str]] = []
     bytes_of: dict[str, int] = {}
@@ -108,7 +155,9 @@ def _write_weights(
     bytes_by_dtype: dict[torch.dtype, int] = {}
 
     def flush() -> None:
-        _save(pending, folder / f"{len(shards)}.part")
+        # Around each write and not the whole loop: `tensors` reads other files, whose errors are not ours.
+        with _writing(destination):
+            _save(pending, folder / f"{len(shards)}.part")
         shards.append(list(pending))
         pending.clear()
 
@@ -130,13 +179,14 @@ def _write_weights(
     flush()
 
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"{i}.part").rename(folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+    with _writing(destination):
+        for i, shard in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            (folder / f"{i}.part").rename(folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(folder / "model.safetensors.index.json", index)
     return str(max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])).removeprefix("torch.")
 
 
@@ -156,15 +206,9 @@ def _check_tensor(
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     file.touch()
     mode = file.stat().st_mode
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-        # The library replaces the file by one that only its owner can read.
-        file.chmod(mode)
-    except SafetensorError as error:
-        # The library reports a full disk as its own error; callers expect the operating system's kind.
-        raise OSError(
-            f"{file.parent}: cannot write the weights ({error}); free some space or choose another disk"
-        ) from None
+    save_file(tensors, file, metadata={"format": "pt"})
+    # The library replaces the file by one that only its owner can read.
+    file.chmod(mode)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -176,16 +220,16 @@ def _flush_to_disk(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _move_into_place(temporary: Path, destination: Path) -> None:
-    """Rename `temporary` to `destination`; an existing folder is set aside first and deleted last."""
-    if not destination.exists() or not any(destination.iterdir()):
+def _move_into_place(destination: Path) -> None:
+    """Rename the temporary folder to `destination`; an existing one is set aside first and deleted last."""
+    temporary, old = _temporary(destination), _set_aside(destination)
+    if _is_free(destination):
         temporary.replace(destination)
         return
-    old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
     destination.rename(old)
     try:
         temporary.rename(destination)
     except BaseException:
         old.rename(destination)
         raise
-    shutil.rmtree(old)
+    _delete(old, temporary)

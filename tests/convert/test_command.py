@@ -98,10 +98,12 @@ def test_errors_are_one_line(tmp_path: Path, monkeypatch: Any, command: Any, arg
 
 def test_full_disk_is_one_line(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/model.safetensors")
+        # As write() raises it: without the name of a file.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "save_file", full)
-    assert_one_error(command(model, tmp_path / "out"), "/somewhere/model.safetensors: No space left on device")
+    monkeypatch.setattr(writer, "_write_json", full)
+    message = f"{tmp_path / 'out'}: cannot be written (No space left on device); free some space"
+    assert_one_error(command(model, tmp_path / "out"), message)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 

@@ -562,11 +562,21 @@ def test_full_disk_leaves_everything_as_it_was(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer, step, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"{tmp_path / 'out'}: cannot be written \(No space left.*free some space"):
         write_folder(tmp_path / "out", tiny_config, random_tensors(tiny_config, seed=1).items(), force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if old else [])
     if old:
         assert_same(tmp_path / "out", tensors)
+
+
+def test_an_error_of_the_source_is_not_the_destinations(tmp_path: Path, tiny_config: Any) -> None:
+    def unreadable() -> Iterator[tuple[str, torch.Tensor]]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "source.bin")
+        yield
+
+    with pytest.raises(OSError, match=r"Input/output error: 'source\.bin'"):
+        write_folder(tmp_path / "out", tiny_config, unreadable())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_rename_brings_the_old_model_back(
@@ -591,7 +601,7 @@ def test_failed_rename_brings_the_old_model_back(
 def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str) -> subprocess.Popen[str]:
     """A process that writes tmp_path/out; `before` runs first, `during` between two tensors late in the stream."""
     body = f"""
-        import json, resource, signal, sys, time, torch
+        import json, os, resource, signal, sys, time, torch
         from pathlib import Path
         from convert import names
         from convert.huggingface import write_folder
@@ -602,7 +612,7 @@ def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str)
                     {during}
                 yield name, torch.zeros(shape)
         {before}
-        write_folder(folder / "out", config, stream(), max_shard_size=20_000)
+        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path), json.dumps(config)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
@@ -618,11 +628,39 @@ def test_killed_process_leaves_no_destination(tmp_path: Path, tiny_config: Any, 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out").exists()
-    assert any(entry.name.startswith(".out.tmp-") for entry in tmp_path.iterdir())
-    # What it left does not disturb the next attempt.
+    assert {entry.name for entry in tmp_path.iterdir()} == {"now", ".out.tmp"}
+    # What it left does not disturb the next attempt, which removes it.
     tensors = random_tensors(tiny_config)
     write_folder(tmp_path / "out", tiny_config, tensors.items())
     assert_same(tmp_path / "out", tensors)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"now", "out"}
+
+
+@pytest.mark.parametrize("renames, survivor", [(1, "old"), (2, "new")])
+def test_killed_while_replacing(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, renames: int, survivor: str
+) -> None:
+    """Killed after the first rename of the folders (old set aside) or the second (new in place)."""
+    old = random_tensors(tiny_config)
+    write_folder(tmp_path / "out", tiny_config, old.items())
+    kill = f"""
+        rename, done = Path.rename, []
+        def rename_and_die(self, target):
+            rename(self, target)
+            done.extend([target] if self.parent == folder else [])
+            if len(done) == {renames}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        Path.rename = rename_and_die"""
+    process = run_writer(tmp_path, tiny_config, kill, "pass")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.old").exists()
+    assert (tmp_path / "out").exists() == (survivor == "new")
+    with pytest.raises(FileExistsError, match="add --force"):
+        write_folder(tmp_path / "out", tiny_config, [])
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in old.items()}
+    assert_same(tmp_path / "out", old if survivor == "old" else zeros)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_operating_system_refuses_to_write(tmp_path: Path, tiny_config: Any) -> None:
@@ -630,7 +668,7 @@ def test_operating_system_refuses_to_write(tmp_path: Path, tiny_config: Any) -> 
     process = run_writer(tmp_path, tiny_config, limit, "pass")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.search(r"OSError: .*File too large", stderr.splitlines()[-1])
+    assert re.search(r"OSError: .*/out: cannot be written .*File too large", stderr.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
 
 
