@@ -13,6 +13,9 @@ import torch
 
 from . import names
 
+OFFICIAL_WEIGHTS = (
+    "official weights are at huggingface.co/deepseek-ai/deepseek-coder-1.3b-base, -6.7b-instruct and so on"
+)
 # What may lie in a Hugging Face folder beside the weights and belongs to the tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",

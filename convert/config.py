@@ -69,8 +69,7 @@ def normalise_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
         "tie_word_embeddings": _flag(raw, "tie_word_embeddings", source),
     }
     config |= {key: raw[key] for key in _KEPT if raw.get(key) is not None}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        _check_token(config.get(key), key, source)
+    check_token_ids(config, source)
     dtype = raw.get("torch_dtype") or raw.get("dtype")
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
@@ -78,6 +77,15 @@ def normalise_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
             raise ValueError(f"{source}: torch_dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}")
         config["torch_dtype"] = name
     return config
+
+
+def check_token_ids(config: dict[str, Any], source: str) -> None:
+    """ValueError for special ids, of config.json or generation_config.json, that are no ids; only EOS may be a list."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        for token in value if isinstance(value, list) and key == "eos_token_id" else [value]:
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise ValueError(f"{source}: {key} is {value!r:.80}; it must be a token id, correct the file")
 
 
 def _check_architecture(raw: dict[str, Any], source: str) -> None:
@@ -146,10 +154,3 @@ def _flag(raw: dict[str, Any], key: str, source: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{source}: {key} is {value!r}; it must be true or false, correct the file")
     return bool(value)
-
-
-def _check_token(value: object, key: str, source: str) -> None:
-    ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-    for token in ids:
-        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-            raise ValueError(f"{source}: {key} is {value!r:.80}; it must be a token id, correct the file")

@@ -15,6 +15,7 @@ The same tensors in the same order always give the same bytes.
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import TOKENIZER_FILES, Checkpoint, check
-from .config import normalise_config
+from .checkpoint import OFFICIAL_WEIGHTS, TOKENIZER_FILES, Checkpoint, check
+from .config import check_token_ids, normalise_config
 from .writer import parse_size, write_folder
 
 __all__ = ["HuggingFaceFolder", "normalise_config", "open_folder", "parse_size", "read_config", "write_folder"]
@@ -47,9 +48,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a folder in the transformers-4 form."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no such folder; official weights are at huggingface.co/deepseek-ai/deepseek-coder-1.3b-base, "
-            "-6.7b-instruct and so on, and a model folder holds config.json, model*.safetensors (or "
-            "pytorch_model*.bin) and tokenizer.json"
+            f"{folder}: no such folder; {OFFICIAL_WEIGHTS}, and a model folder holds config.json, model*.safetensors "
+            "(or pytorch_model*.bin) and tokenizer.json"
         )
     file = folder / "config.json"
     if not file.is_file():
@@ -68,6 +68,7 @@ class HuggingFaceFolder(Checkpoint):
         self.source = folder
         generation = folder / "generation_config.json"
         self.generation_config = _read_json(generation) if generation.is_file() else {}
+        check_token_ids(self.generation_config, str(generation))
         self._tokenizer_files = {
             name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
         }
@@ -200,7 +201,9 @@ class _Safetensors(_Shard):
 
 class _Pickled(_Shard):
     def __init__(self, file: Path) -> None:
-        with _Explain(file):
+        with _Explain(file), warnings.catch_warnings():
+            # A pickle protocol that the unpickler does not know gets a warning; what follows from it is an error.
+            warnings.simplefilter("ignore")
             # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(state, dict):
@@ -245,12 +248,14 @@ class _Explain:
                 ) from None
         if isinstance(error, SafetensorError):
             raise ValueError(f"{file}: truncated or corrupt safetensors ({_first_line(error)}); {_AGAIN}") from None
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise ValueError(
-                f"{file}: refused, because this pickle would run {code[1]} instead of only holding tensors; "
-                "use the safetensors weights"
-            ) from None
+        if isinstance(error, pickle.UnpicklingError):
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = (
+                f"because this pickle would run {code[1]} instead of only holding tensors"
+                if code
+                else "because this pickle holds more than tensors, or is damaged"
+            )
+            raise ValueError(f"{file}: refused, {reason}; use the safetensors weights") from None
         raise ValueError(f"{file}: truncated or corrupt PyTorch file; {_AGAIN}") from None
 
 

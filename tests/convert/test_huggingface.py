@@ -261,6 +261,12 @@ def test_config_that_is_no_object(folder: Path) -> None:
     refused(folder, "config.json: holds list")
 
 
+@pytest.mark.parametrize("eos", ["2", [2, "3"], True])
+def test_generation_config_with_wrong_ids(folder: Path, eos: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    refused(folder, f"generation_config.json: eos_token_id is {eos!r}", "correct the file")
+
+
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused(folder, "no weights", "model.safetensors", kind=FileNotFoundError)
@@ -294,16 +300,20 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
+@pytest.mark.parametrize("protocol, reason", [(2, "would run posix.system"), (4, "holds more than tensors")])
 @pytest.mark.parametrize("zip_format", [True, False])
-def test_pickle_with_code_is_refused(folder: Path, zip_format: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_with_code_is_refused(
+    folder: Path, zip_format: bool, protocol: int, reason: str, monkeypatch: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.chdir(folder)
     (folder / "model.safetensors").unlink()
     bad = {"model.norm.weight": Harmful()}
     if zip_format:
-        torch.save(bad, folder / "pytorch_model.bin")
+        torch.save(bad, folder / "pytorch_model.bin", pickle_protocol=protocol)
     else:
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(bad, protocol=2))
-    refused(folder, "pytorch_model.bin", "refused", "would run posix.system", "use the safetensors weights")
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(bad, protocol=protocol))
+    refused(folder, "pytorch_model.bin", "refused", reason, "use the safetensors weights")
+    assert not recwarn.list
     assert not (folder / "harmed").exists()
 
 
