@@ -81,7 +81,10 @@ def _stream(checkpoint: Checkpoint, dtype: Dtype | None) -> Iterator[tuple[str, 
     from rich.progress import track
 
     target = getattr(torch, dtype) if dtype else None
-    for name in track(list(checkpoint.shapes), "converting", console=Console(stderr=True), transient=True):
+    console = Console(stderr=True)
+    # Where stderr is no terminal, a bar would still leave an empty line.
+    disable = not console.is_terminal
+    for name in track(list(checkpoint.shapes), "converting", console=console, transient=True, disable=disable):
         tensor = checkpoint.tensor(name)
         yield name, tensor.to(target) if target else tensor
 

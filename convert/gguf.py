@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import names
-from .checkpoint import Checkpoint, check
+from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check
 from .config import normalise_config
 from .gguf_tokenizer import build_tokenizer_files
 
@@ -51,7 +51,7 @@ class GGUFFile(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give a .gguf file or a model folder")
+            raise FileNotFoundError(f"{path}: no such file; {OFFICIAL_WEIGHTS}")
         self.source = path
         # Copy-on-write: tensors are views of the file until somebody writes to them.
         self._data = np.memmap(path, np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)

@@ -56,8 +56,8 @@ def assert_one_error(result: tuple[object, str, str], *named: str) -> None:
 
 
 def test_converts_a_folder(model: Path, tmp_path: Path, command: Any, tiny_config: Any, random_tensors: Any) -> None:
-    code, stdout, _ = command(model, tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20KB")
-    assert (code, stdout) == (0, f"{tmp_path / 'out'}: 21 tensors written\n")
+    done = command(model, tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20KB")
+    assert done == (0, f"{tmp_path / 'out'}: 21 tensors written\n", "")
     with open_folder(tmp_path / "out") as checkpoint:
         assert checkpoint.config == tiny_config | {"torch_dtype": "bfloat16"}
         assert checkpoint.generation_config == {"eos_token_id": [2, 3]}
@@ -84,7 +84,7 @@ def test_existing_destination_and_force(model: Path, tmp_path: Path, command: An
         (["a", "b", "--inspect", "c"], "--inspect PATH stands alone"),
         (["--bogus"], "--bogus"),
         (["no-such-folder", "out"], "no-such-folder: no such folder"),
-        (["no-such.gguf", "out"], "no-such.gguf: no such file"),
+        (["no-such.gguf", "out"], "no-such.gguf: no such file; official weights are at huggingface.co/deepseek-ai"),
         (["a", "b", "--dtype", "int3"], "int3"),
         (["a", "b", "--max-shard-size", "many"], "'many' is not understood"),
         (["--inspect", "no-such-folder"], "no-such-folder"),
