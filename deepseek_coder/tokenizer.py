@@ -29,6 +29,7 @@ class Tokenizer:
     """One vocabulary.
 
     Attributes:
+        source: what errors call it: the model's folder or file.
         vocab_size: one more than the highest id; embedding rows from here on are padding and never sampled.
         control: control token string -> id.
         bos_id, eos_id: ids, or None where the tokenizer has none.
@@ -39,6 +40,7 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes], source: str = "tokenizer"):
         """From the contents of a model folder's tokenizer files. Raises ValueError if they make no tokenizer."""
+        self.source = source
         self.files = {name: files[name] for name in FILES if name in files}
         settings = _json(files.get("tokenizer_config.json", b"{}"), f"{source}/tokenizer_config.json")
         if "tokenizer.json" in files:
@@ -51,13 +53,13 @@ class Tokenizer:
         self.control = self._vocabulary.control
         self.vocab_size = len(self._vocabulary.bytes_of)
         self._control_ids = frozenset(self.control.values())
-        self.bos_id = self._id(settings.get("bos_token"), "bos")
-        self.eos_id = self._id(settings.get("eos_token"), "eos")
+        self.bos_id = self._id(settings, "bos")
+        self.eos_id = self._id(settings, "eos")
         add_bos = settings.get("add_bos_token")
         self.add_bos = bool(self._vocabulary.add_bos if add_bos is None else add_bos) and self.bos_id is not None
         template = settings.get("chat_template")
         if "chat_template.jinja" in files:
-            template = files["chat_template.jinja"].decode()
+            template = _text(files["chat_template.jinja"], f"{source}/chat_template.jinja")
         self.chat_template: str | None = template if isinstance(template, str) else None
 
     @classmethod
@@ -112,12 +114,18 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {what} token; its tokenizer_config.json does not name one")
         return token_id
 
-    def _id(self, token: Any, kind: str) -> int | None:
+    def _id(self, settings: dict[str, Any], kind: str) -> int | None:
         """Id of a token named by tokenizer_config.json (a string, or a dict with `content`)."""
+        named = token = settings.get(f"{kind}_token")
         if isinstance(token, dict):
             token = token.get("content")
         if token is None:
             return self._vocabulary.ids.get(kind)
+        if not isinstance(token, str):
+            raise ValueError(
+                f"{self.source}/tokenizer_config.json: {kind}_token is {named!r:.80}; it must be the token's text, "
+                "correct the file"
+            )
         return self.control.get(token, self._vocabulary.token_id(token))
 
 
@@ -253,6 +261,13 @@ def _sentencepiece_bytes(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
+
+
+def _text(content: bytes, source: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 (byte {error.start}); fetch the file again") from error
 
 
 def _json(content: bytes, source: str) -> dict[str, Any]:

@@ -108,6 +108,18 @@ def test_damaged_files_are_refused(small, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("token", [3, {"content": 3}, ["<s>"]])
+def test_a_special_token_that_is_no_text_is_refused(small, token):
+    settings = json.dumps({"bos_token": token}).encode()
+    with pytest.raises(ValueError, match=r"^m/tokenizer_config\.json: bos_token is .*correct the file"):
+        Tokenizer({**small.files, "tokenizer_config.json": settings}, "m")
+
+
+def test_a_chat_template_that_is_no_text_is_refused(small):
+    with pytest.raises(ValueError, match=r"^m/chat_template\.jinja: not UTF-8"):
+        Tokenizer({**small.files, "chat_template.jinja": b"{{ x }}\xe4"}, "m")
+
+
 def test_sentencepiece_model(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"
