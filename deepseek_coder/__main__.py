@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .languages import language_of
 from .model import Decoder
 from .tokenizer import Tokenizer
-from .weights import load
+from .weights import config_of, load
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Complete, infill and chat with DeepSeek-Coder models."
@@ -125,7 +125,7 @@ def info(
             raise ValueError(error.args[0]) from None
     else:
         with convert.open_checkpoint(model) as checkpoint:
-            config = ModelConfig.from_dict(checkpoint.config)
+            config = config_of(checkpoint)
             tokenizer = Tokenizer(checkpoint.tokenizer_files, model) if checkpoint.tokenizer_files else None
     kind = "MHA" if config.num_kv_heads == config.num_heads else "MQA" if config.num_kv_heads == 1 else "GQA"
     heads = f"{config.num_heads} query, {config.num_kv_heads} KV ({kind}), head_dim {config.head_dim}"

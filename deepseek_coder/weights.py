@@ -35,13 +35,24 @@ def load(
     checkpoint = convert.open_checkpoint(path)
     with checkpoint:
         tokenizer = Tokenizer(checkpoint.tokenizer_files, str(path))
-        eos = checkpoint.generation_config.get("eos_token_id")
-        config = ModelConfig.from_dict({**checkpoint.config, **({} if eos is None else {"eos_token_id": eos})})
+        config = config_of(checkpoint)
+        # Rows may be more than tokens, as padding; an id without a row would end in an index error much later.
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the weights rows for "
+                f"{config.vocab_size} ids; tokenizer and weights belong to different models, download both again"
+            )
         with torch.device("meta"):
             model = Decoder(config).to(dtype)
         model = model.to_empty(device=device)
         copy_weights(model, checkpoint)
     return model.eval(), tokenizer
+
+
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The checkpoint's config, with the EOS ids of generation_config.json where it names some."""
+    eos = checkpoint.generation_config.get("eos_token_id")
+    return ModelConfig.from_dict({**checkpoint.config, **({} if eos is None else {"eos_token_id": eos})})
 
 
 @torch.no_grad()
