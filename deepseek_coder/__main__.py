@@ -1,6 +1,7 @@
 """The `deepseek-coder` command: complete, fill, chat, info. Only the model's text goes to stdout."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,7 @@ def complete(
     assert text is not None
     decoder, tokenizer = load(model)
     if repo is not None and file is not None:
-        ids = _with_repository(decoder, tokenizer, repo, file, text, "", max_new_tokens)
+        ids = _with_repository(decoder, tokenizer, repo, file, text, None, max_new_tokens)
     else:
         ids = prompts.completion(tokenizer, text)
     _print(decoder, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stop)
@@ -82,9 +83,10 @@ def fill(
     else:
         raise ValueError("name the hole by FILE --at LINE:COLUMN, or by --prefix-file P and --suffix-file S")
     decoder, tokenizer = load(model)
-    ids = prompts.fim(tokenizer, prefix, suffix)
     if repo is not None and file is not None:
         ids = _with_repository(decoder, tokenizer, repo, file, prefix, suffix, max_new_tokens)
+    else:
+        ids = prompts.fim(tokenizer, prefix, suffix)
     _print(decoder, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stop)
 
 
@@ -168,25 +170,40 @@ def split_at(text: str, at: str, name: str) -> tuple[str, str]:
 
 
 def _with_repository(
-    decoder: Decoder, tokenizer: Tokenizer, repo: Path, file: Path, prefix: str, suffix: str, max_new_tokens: int
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    repo: Path,
+    file: Path,
+    prefix: str,
+    suffix: str | None,
+    max_new_tokens: int,
 ) -> list[int]:
+    """`prompts.repository` from a folder on disk: its other files of the same language."""
     if not repo.is_dir():
         raise FileNotFoundError(f"{repo}: no such folder; --repo names the root of a repository")
     if not file.resolve().is_relative_to(repo.resolve()):
         raise ValueError(f"{file} lies outside the repository {repo}")
+    name = file.resolve().relative_to(repo.resolve()).as_posix()
+    context = decoder.config.max_position_embeddings
+    alone = len(prompts.repository(tokenizer, {}, name, prefix, suffix, sys.maxsize))
+    if alone > context - max_new_tokens:
+        raise ValueError(
+            f"{file}: the text around the cursor makes {alone} tokens and {max_new_tokens} are kept for "
+            f"--max-new-tokens, more than the model's context of {context}; lower that option or pass less of the file"
+        )
+    language = language_of(file.name)
     files: dict[str, str] = {}
-    for path in sorted(repo.rglob("*")):
+    # Files of unknown language share none.
+    for path in sorted(repo.rglob("*")) if language else []:
         relative = path.relative_to(repo)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or language_of(str(relative)) != language_of(file.name) or not path.is_file() or path.is_symlink():
+        if hidden or language_of(str(relative)) != language or not path.is_file() or path.is_symlink():
             continue
         try:
             files[relative.as_posix()] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             print(f"warning: {path} is not UTF-8 and is left out", file=sys.stderr)
-    name = file.resolve().relative_to(repo.resolve()).as_posix()
-    room = decoder.config.max_position_embeddings - max_new_tokens
-    return prompts.repository(tokenizer, files, name, prefix, suffix, room)
+    return prompts.repository(tokenizer, files, name, prefix, suffix, context - max_new_tokens)
 
 
 def _print(
@@ -225,7 +242,13 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from error
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line, without the place in the source that Python adds."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main() -> None:
+    warnings.showwarning = _show_warning
     torch.set_grad_enabled(False)
     run(app)
 

@@ -59,10 +59,10 @@ def repository(
     files: Mapping[str, str],
     path: str,
     prefix: str,
-    suffix: str = "",
+    suffix: str | None = None,
     max_tokens: int = 16384,
 ) -> list[int]:
-    """A completion (or, with `suffix`, an infilling) of `path` with the repository's other files before it.
+    """A completion of `path` (or, unless `suffix` is None, an infilling) with the repository's other files before it.
 
     files: path -> text of the other files. Those that `path` imports, directly or not, stand nearest to it, the
     dependencies of a file always before it; unrelated files come first. Every file begins with a comment that names
@@ -71,24 +71,25 @@ def repository(
     """
     others = {name: text for name, text in files.items() if name != path}
     pieces = [tokenizer.encode(repo.path_comment(path) + prefix)]
-    tail = tokenizer.encode(suffix)
-    fixed = len(fim(tokenizer, "", "") if suffix else completion(tokenizer, ""))
-    room = max_tokens - fixed - len(pieces[0]) - len(tail)
-    if room < 0:
+    tail = tokenizer.encode(suffix or "")
+    fixed = len(completion(tokenizer, "") if suffix is None else fim(tokenizer, "", ""))
+    alone = fixed + len(pieces[0]) + len(tail)
+    if alone > max_tokens:
         raise ValueError(
-            f"{path}: the text around the cursor is {len(pieces[0]) + len(tail)} tokens, "
-            f"more than the {max_tokens - fixed} that fit; pass less of the file"
+            f"{path}: the text around the cursor makes {alone} tokens, max_tokens is {max_tokens}; "
+            "pass less of the file"
         )
-    for name in reversed(_nearest_last(others, path, prefix + suffix)):
+    room = max_tokens - alone
+    for name in reversed(_nearest_last(others, path, prefix + (suffix or ""))):
         ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")])[0])
         if len(ids) > room:
             break
         room -= len(ids)
         pieces.append(ids)
     context = [i for ids in reversed(pieces) for i in ids]
-    if suffix:
-        return fim_sample(tokenizer, context, tail)
-    return completion(tokenizer, "") + context
+    if suffix is None:
+        return completion(tokenizer, "") + context
+    return fim_sample(tokenizer, context, tail)
 
 
 def _nearest_last(others: dict[str, str], path: str, text: str) -> list[str]:
@@ -114,10 +115,10 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[in
     """
     template = tokenizer.chat_template
     if template is None:
-        raise ValueError("this model has no chat template (it is a base model); chat with an instruct model")
+        raise ValueError(f"{tokenizer.source}: has no chat template (it is a base model); chat with an instruct model")
     if hashlib.sha256(template.encode()).hexdigest() != CHAT_TEMPLATE_SHA256:
         raise ValueError(
-            f"this model's chat template is not DeepSeek-Coder's (it begins with {template[:60]!r}); "
+            f"{tokenizer.source}: the chat template is not DeepSeek-Coder's (it begins with {template[:60]!r}); "
             "only DeepSeek-Coder instruct models are prompted for chat"
         )
     eot = tokenizer.control.get(EOT)

@@ -1,13 +1,16 @@
 """The `deepseek-coder` command as a user runs it: a process, its stdout, its exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from deepseek_coder import Decoder, ModelConfig, save
+from deepseek_coder import Decoder, ModelConfig, load, prompts, save
+from deepseek_coder.__main__ import _with_repository
+from deepseek_coder.tokenizer import EOT
 from pretrain.tokenizer import train
 
 
@@ -66,6 +69,33 @@ def test_complete_with_a_repository(model, tmp_path):
     assert alone.returncode == 0
 
 
+def test_a_repository_that_does_not_fit(model, hole, tmp_path):
+    for tokens in (250, 500):
+        done = run("complete", model, "--file", hole, "--repo", tmp_path, "--max-new-tokens", tokens)
+        refused(done, f"{tokens} are kept for --max-new-tokens", "context of 256; lower that option or pass less")
+
+
+def test_files_of_unknown_language_share_none(model, tmp_path):
+    (tmp_path / "LICENSE").write_text("as is")
+    file = tmp_path / "notes.unknown"
+    file.write_text("to do")
+    decoder, tokenizer = load(model)
+    ids = _with_repository(decoder, tokenizer, tmp_path, file, "to do", None, 8)
+    assert ids == prompts.repository(tokenizer, {}, file.name, "to do")
+
+
+def test_a_warning_is_one_line(model, hole, tmp_path):
+    folder = tmp_path / "instruct"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": EOT}))
+    for repo in ((), ("--repo", tmp_path)):
+        done = run("fill", folder, hole, "--at", "2:12", "--max-new-tokens", 4, *repo)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("warning: this is an instruct model")
+        assert done.stderr.count("\n") == 1
+
+
 def test_fill(model, hole, tmp_path):
     at = run("fill", model, hole, "--at", "2:12", "--max-new-tokens", 8)
     assert at.returncode == 0, at.stderr
@@ -87,8 +117,6 @@ def test_chat_needs_a_chat_model(model):
 
 
 def test_chat_with_the_released_template(model, official, tmp_path):
-    import shutil
-
     folder = tmp_path / "chat"
     shutil.copytree(model, folder)
     template = json.loads((official / "tokenizer_config.json").read_text())["chat_template"]
@@ -130,8 +158,6 @@ def test_mistakes_are_one_line(model, hole, tmp_path):
 
 
 def test_fim_is_refused_for_a_model_without_it(model, hole, tmp_path):
-    import shutil
-
     folder = tmp_path / "plain"
     shutil.copytree(model, folder)
     raw = json.loads((folder / "tokenizer.json").read_text())

@@ -76,6 +76,11 @@ def test_repository_infilling_keeps_the_files_inside_the_prefix(base):
     assert text.endswith(f"#main.py\nimport model\n{FIM_HOLE}\nmodel.run()\n{FIM_END}")
 
 
+def test_repository_infilling_at_the_end_of_a_file_is_an_infilling(base):
+    text = spelled(base, prompts.repository(base, {}, "main.py", "import model\n", ""))
+    assert text == f"{BOS}{FIM_BEGIN}#main.py\nimport model\n{FIM_HOLE}{FIM_END}"
+
+
 def test_repository_leaves_out_whole_files_from_the_front(base):
     whole = prompts.repository(base, FILES, "main.py", "import model\n")
     shorter = prompts.repository(base, FILES, "main.py", "import model\n", max_tokens=len(whole) - 1)
@@ -116,10 +121,10 @@ def test_chat_content_cannot_end_a_turn(instruct):
 
 def test_chat_refuses_other_templates_and_roles(base, instruct):
     messages = [{"role": "user", "content": "hi"}]
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match=r"^tokenizer: has no chat template"):
         prompts.chat(base, messages)
-    other = Tokenizer({**base.files, "chat_template.jinja": b"{{ messages[0].content }}"})
-    with pytest.raises(ValueError, match="messages"):
+    other = Tokenizer({**base.files, "chat_template.jinja": b"{{ messages[0].content }}"}, "models/other")
+    with pytest.raises(ValueError, match=r"^models/other: .*messages"):
         prompts.chat(other, messages)
     with pytest.raises(ValueError, match="'tool'"):
         prompts.chat(instruct, [{"role": "tool", "content": "x"}])
