@@ -104,3 +104,27 @@ def random_tensors() -> Callable[..., dict[str, torch.Tensor]]:
         return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def parameters() -> Callable[[Any], dict[str, torch.Tensor]]:
+    """The parameters of a transformers model, name -> tensor."""
+    return lambda model: {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Path, dict[str, torch.Tensor]], None]:
+    """Fails unless a model folder holds exactly the expected tensors, bit for bit."""
+    from convert.huggingface import open_folder
+
+    def check(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+        with open_folder(folder) as checkpoint:
+            assert list(checkpoint.shapes) == list(checkpoint.dtypes)
+            assert set(checkpoint.shapes) == set(expected)
+            for name, tensor in expected.items():
+                ours = checkpoint.tensor(name)
+                assert checkpoint.shapes[name] == tuple(ours.shape)
+                assert checkpoint.dtypes[name] == ours.dtype == tensor.dtype
+                assert torch.equal(ours, tensor), name
+
+    return check
