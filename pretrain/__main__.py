@@ -1,6 +1,7 @@
 """`python -m pretrain`: from repositories to a trained model, one command a step."""
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,10 +41,9 @@ def tokenizer(
     force: Force = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus."""
-    if out.exists() and not force:
-        raise FileExistsError(f"{out}: exists already; choose another --out or pass --force")
+    vocabulary.refuse_existing(out, force)
     texts = (text for document in corpora.documents(corpus) for text in document.texts)
-    made = vocabulary.train(texts, vocab_size, progress=True)
+    made = vocabulary.train(texts, vocab_size, progress=sys.stderr.isatty())
     vocabulary.save(made, out)
     print(f"{out}: {made.vocab_size:,} tokens")
 

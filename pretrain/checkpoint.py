@@ -6,7 +6,9 @@ of the step, so nothing else has to be remembered. A checkpoint is written under
 rank is done; whatever a killed run left half-written is never read.
 """
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from torch.distributed.checkpoint import CheckpointException
 from convert.dcp import Reader
 from deepseek_coder.model import Decoder
 from deepseek_coder.tokenizer import Tokenizer
+
+from .files import writing
 
 
 def latest(run: Path) -> Path | None:
@@ -37,29 +41,38 @@ def save(
     """Write the checkpoint after `step` steps, then delete all but the newest `keep`. Every rank calls it."""
     final = run / "checkpoints" / f"step-{step:08}"
     temporary = final.with_name(f"{final.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
     try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=temporary)
-    except CheckpointException as error:  # holds the failure of each rank
+        with writing(final):
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier()
+            try:
+                dcp.save(_tensors(model, optimizer), checkpoint_id=temporary)
+            except CheckpointException as error:
+                raise OSError(_reason(error, temporary)) from None
+            if dist.get_rank() == 0:
+                dtype = {"torch_dtype": "float32"}
+                (temporary / "config.json").write_text(json.dumps(model.config.to_dict() | dtype, indent=2) + "\n")
+                tokenizer.save(temporary)
+                (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = next(iter(error.failures.values()))[0]
-        raise OSError(
-            f"{final}: cannot be written ({reason}); free space there and run the same command again"
-        ) from None
+        raise
     if dist.get_rank() == 0:
-        dtype = {"torch_dtype": "float32"}
-        (temporary / "config.json").write_text(json.dumps(model.config.to_dict() | dtype, indent=2) + "\n")
-        tokenizer.save(temporary)
-        (temporary / "state.json").write_text(json.dumps({"step": step}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
         for old in sorted(final.parent.glob("step-*[0-9]"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def _reason(error: CheckpointException, folder: Path) -> str:
+    """Why DCP failed. To its writer a full disk is a failed assertion, which would not help anyone."""
+    if shutil.disk_usage(folder).free < 2**20:
+        return os.strerror(errno.ENOSPC)
+    return str(next(iter(error.failures.values()))[0])  # one of each rank
 
 
 def restore(checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepseek_coder.config import ModelConfig
+
+from .files import replacing, writing
 
 # Dense bf16 peak, FLOP/s, from the vendors' data sheets. No default: an unknown device gets no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -50,14 +51,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int):
         kept = [row for row in read(path) if row["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._path = path
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[dict]:
@@ -96,7 +96,6 @@ def plot(run: Path, out: Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(temporary, out)

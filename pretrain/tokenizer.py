@@ -6,13 +6,14 @@ uses, so leaving these bytes out of the alphabet loses nothing.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from convert.gguf_tokenizer import PRE_TOKENIZERS
-from deepseek_coder.tokenizer import BOS, EOS, EOT, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+from deepseek_coder.tokenizer import BOS, EOS, EOT, FILES, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+
+from .files import writing
 
 CONTROL = (BOS, EOS, FIM_HOLE, FIM_BEGIN, FIM_END, "<pad>", "<|User|>", "<|Assistant|>", EOT)
 # Bytes that never occur in UTF-8, as byte-level BPE spells them.
@@ -57,14 +58,40 @@ def train(texts: Iterable[str], vocab_size: int = 32000, progress: bool = False)
     )
 
 
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raises FileExistsError if `out` exists and may not be replaced. Even `force` replaces only a tokenizer."""
+    if not out.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{out}: exists already; choose another --out or pass --force")
+    # Replacing deletes the old folder, so a slip such as the home folder or a model must not pass.
+    entries = list(out.iterdir()) if out.is_dir() else []
+    names = {entry.name for entry in entries}
+    if "tokenizer.json" not in names or not names <= set(FILES) or not all(entry.is_file() for entry in entries):
+        raise FileExistsError(
+            f"{out}: is no folder with a tokenizer's files only, so it is not replaced; choose another --out or delete "
+            "it yourself"
+        )
+
+
 def save(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the tokenizer's files as a folder, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir()
-        tokenizer.save(temporary)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Write the tokenizer's files as a folder, whole or not at all, in place of a tokenizer that is there.
+
+    Raises FileExistsError for anything else in the way, ValueError when the disk refuses.
+    """
+    out = out.resolve()
+    refuse_existing(out, force=True)
+    temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        try:
+            temporary.mkdir()
+            tokenizer.save(temporary)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                out.rename(old)
+            temporary.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

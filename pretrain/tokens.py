@@ -23,7 +23,7 @@ from deepseek_coder.tokenizer import Tokenizer
 
 from . import corpus
 from .corpus import Document
-from .corpus.stage import write_json
+from .files import write_json, writing
 
 SPLITS = ("train", "valid")
 # Text that is encoded, written and recorded together.
@@ -80,7 +80,8 @@ def build(
         "valid": valid,
     }
     documents = corpus.documents(corpus_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", "progress.json"):
         record = json.loads((out / name).read_text()) if (out / name).is_file() else None
         if record and record["key"] != key:
@@ -103,8 +104,9 @@ def build(
             totals = {split: splits[split].totals for split in SPLITS}
             write_json(out / "progress.json", {"key": key, "documents": done, "splits": totals})
             bar.update(task, completed=done, description=f"tokens: {sum(t['tokens'] for t in totals.values()):,}")
-    (out / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(out / "tokenizer")
+    with writing(out / "tokenizer"):
+        (out / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(out / "tokenizer")
     manifest = {"key": key, "dtype": dtype.str, "splits": {split: splits[split].totals for split in SPLITS}}
     write_json(out / "manifest.json", manifest)
     (out / "progress.json").unlink(missing_ok=True)
@@ -138,8 +140,9 @@ class _Writer:
             (".files", self.file_ends, np.dtype("<u8")),
             (".documents", self.document_ends, np.dtype("<u8")),
         ):
-            with stem.with_suffix(suffix).open("ab") as file:
-                np.array(values, kind).tofile(file)
+            path = stem.with_suffix(suffix)
+            with writing(path), path.open("ab") as file:
+                file.write(np.array(values, kind).tobytes())
 
 
 def _resume(out: Path, dtype: np.dtype) -> tuple[int, dict[str, _Writer]]:
@@ -149,8 +152,9 @@ def _resume(out: Path, dtype: np.dtype) -> tuple[int, dict[str, _Writer]]:
     for split, writer in writers.items():
         for suffix, count in ((".ids", "tokens"), (".files", "files"), (".documents", "documents")):
             file = (out / split).with_suffix(suffix)
-            file.touch()
-            os.truncate(file, writer.totals[count] * (dtype.itemsize if suffix == ".ids" else 8))
+            with writing(file):
+                file.touch()
+                os.truncate(file, writer.totals[count] * (dtype.itemsize if suffix == ".ids" else 8))
     return (progress["documents"] if progress else 0), writers
 
 

@@ -27,6 +27,7 @@ from deepseek_coder.weights import split_weights
 
 from . import checkpoint, metrics, optimizer, parallel
 from .dataset import Window, Windows, join_windows, load_windows
+from .files import write_json, writing
 from .recipe import Recipe, to_dict
 from .schedule import learning_rate
 
@@ -74,8 +75,9 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
     newest = checkpoint.latest(run)
     first = checkpoint.restore(newest, model, adamw) if newest else 0
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2) + "\n")
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "recipe.json", to_dict(recipe))
         log = metrics.MetricsFile(run / "metrics.jsonl", first)
         print(_headline(config.num_parameters, windows, settings.batch * data.window, first, newest), flush=True)
 

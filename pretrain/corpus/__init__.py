@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 
 from deepseek_coder import languages, repository
 
+from ..files import write_json
 from . import crawl, dedup, order, rules, sources
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
-from .stage import Manifest, follow, process_pool, run, settings_of, write_json
+from .stage import Manifest, follow, process_pool, run, settings_of
 
 __all__ = ["Document", "build", "documents", "load_config", "summary"]
 

@@ -35,6 +35,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files import replacing, write_json
+
 FILES = pa.schema([("repo", pa.string()), ("path", pa.string()), ("language", pa.string()), ("text", pa.string())])
 DROPPED = pa.schema([("repo", pa.string()), ("path", pa.string()), ("reason", pa.string())])
 
@@ -167,12 +169,6 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, An
     return pq.read_table(path, columns=columns).to_pylist()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all. Raises ValueError when the disk refuses."""
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
 def settings_of(kind: type[T], section: str, values: Any) -> T:
     """One section of the configuration as its dataclass. Raises ValueError for an unknown key or a value of no use."""
     if not isinstance(values, Mapping):
@@ -226,7 +222,7 @@ def _work(function: Function, out: Path, stage: str, shard: Shard, settings: Any
         outputs = {}
         for kind, table in result.tables.items():
             file = f"{stage}/{kind}-{shard.name}.parquet"
-            with _replacing(out / file) as temporary:
+            with replacing(out / file) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
             with open(out / file, "rb") as written:
                 digest = hashlib.file_digest(written, "sha256").hexdigest()
@@ -240,26 +236,6 @@ def _work(function: Function, out: Path, stage: str, shard: Shard, settings: Any
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         return {"failed": reason, "traceback": traceback.format_exc()}
     return record
-
-
-class _replacing:
-    """`with _replacing(path) as temporary`: what was written to `temporary` becomes `path` if nothing was raised."""
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            os.replace(self.temporary, self.path)
-            return
-        self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"{self.path} cannot be written ({error.strerror or error}); free space there, or choose another --out"
-            ) from error
 
 
 def _finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:

@@ -142,7 +142,7 @@ def test_a_full_disk(tmp_path):
     process = run_python(FULL, tmp_path / "repo", out)
     said, errors = process.communicate(timeout=60)
     assert not errors
-    assert "part-00000.parquet cannot be written" in said
+    assert "part-00000.parquet: cannot be written" in said
     assert "free space there" in said
     assert list(out.rglob("*.tmp")) == list(out.rglob("*.parquet")) == []
     assert len(build([str(tmp_path / "repo")], out)["documents"]) == 1
