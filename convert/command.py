@@ -1,8 +1,8 @@
 """How every command of this project ends.
 
-An error that a user can cause (a wrong path, a corrupt file, a full disk, a mistyped option) is one line on stderr and
-exit code 2, without a traceback. Anything else is a bug and keeps its traceback. Ctrl-C ends with 130, and a reader
-that goes away, as in `... | head -1`, ends the command quietly.
+An error that a user can cause (a wrong path, a corrupt file, a full disk, a mistyped option, a diverging training run)
+is one line on stderr and exit code 2, without a traceback. Anything else is a bug and keeps its traceback. Ctrl-C ends
+with 130, and a reader that goes away, as in `... | head -1`, ends the command quietly.
 """
 
 import os
@@ -27,7 +27,7 @@ def run(app: typer.Typer) -> None:
         code = 130
     except _UsageProblem as error:
         code = _fail(error.format_message())  # type: ignore[attr-defined]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         code = _fail(_describe(error))
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -40,5 +40,6 @@ def _describe(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if message:  # a command without arguments has printed its help and says no more
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

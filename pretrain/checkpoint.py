@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from convert.dcp import Reader
+from convert.dcp import Reader, read
+from deepseek_coder.config import ModelConfig
 from deepseek_coder.model import Decoder
 from deepseek_coder.tokenizer import Tokenizer
 
@@ -72,17 +75,56 @@ def _reason(error: CheckpointException, folder: Path) -> str:
     """Why DCP failed. To its writer a full disk is a failed assertion, which would not help anyone."""
     if shutil.disk_usage(folder).free < 2**20:
         return os.strerror(errno.ENOSPC)
-    return str(next(iter(error.failures.values()))[0])  # one of each rank
+    return _first(error)
 
 
 def restore(checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint into a sharded model and its optimizer, at any world size; the step to go on with."""
+    """Load a checkpoint into a sharded model and its optimizer, at any world size; the step to go on with.
+
+    Raises ValueError for a damaged checkpoint and for one of another model.
+    """
     step = step_of(checkpoint)
+    _compare(checkpoint, model.config)
     _make_state(optimizer)
-    dcp.load(_tensors(model, optimizer), storage_reader=Reader(str(checkpoint)))
+    with _damage_named(checkpoint):
+        dcp.load(_tensors(model, optimizer), storage_reader=Reader(str(checkpoint)))
     for state in optimizer.state.values():
         state["step"].fill_(step)
     return step
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's weights, whole, on the CPU. Raises ValueError for a damaged checkpoint."""
+    with _damage_named(checkpoint):
+        return read(checkpoint, "model.")
+
+
+def _compare(checkpoint: Path, config: ModelConfig) -> None:
+    """DCP loads what it is asked for: a smaller model would go on with a part of the weights."""
+    stored = json.loads((checkpoint / "config.json").read_text())
+    for key, value in config.to_dict().items():
+        if stored.get(key) != value:
+            raise ValueError(
+                f"{checkpoint}: holds a model with {key} {stored.get(key)}, the recipe's has {value}; "
+                "go on with the old recipe, or set another train.run"
+            )
+
+
+@contextmanager
+def _damage_named(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # no subclass of Exception
+        raise ValueError(
+            f"{checkpoint}: damaged ({_first(error)}); delete this folder and run the same command again, which uses "
+            "the checkpoint before it"
+        ) from None
+
+
+def _first(error: CheckpointException) -> str:
+    """One failure of those that the ranks had."""
+    failure = next(iter(error.failures.values()))[0]
+    return str(failure) or type(failure).__name__
 
 
 def _tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ class Windows:
     ):
         """window: tokens in a window. fim_loss: "all", or "middle" to train FIM samples on middle and EOS only.
 
-        Raises ValueError for an empty folder, a rate outside 0..1, or a tokenizer without the tokens FIM needs.
+        Raises ValueError for an empty folder, a window without room for text, or a tokenizer without FIM's tokens.
         """
         if fim_rate and tokenizer.fim_ids is None:
             raise ValueError("fim_rate is above 0, but the tokenizer has no FIM tokens; set data.fim_rate = 0")
@@ -113,6 +113,10 @@ class Windows:
         self.fim_rate, self.fim_loss = fim_rate, fim_loss
         self.eos = tokenizer.require(tokenizer.eos_id, "EOS")
         self.overhead = len(fim.plain_sample(tokenizer, [], self.eos))
+        if window <= self.overhead:
+            raise ValueError(
+                f"data.window is {window}, and a document needs {self.overhead} control tokens; take more than that"
+            )
         self.samples = split_documents(tokens.file_ends, tokens.document_ends, window - self.overhead)
         if not len(self.samples.start):
             raise ValueError(f"{tokens.path}: no documents in it; run `python -m pretrain tokens` on a larger corpus")

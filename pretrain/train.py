@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
-from convert import dcp, open_checkpoint
+from convert import open_checkpoint
 from convert.names import fused
 from convert.writer import write_folder
 from deepseek_coder.config import ModelConfig
@@ -40,6 +40,8 @@ def train(recipe: Recipe) -> None:
     """
     settings = recipe.train
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError('train.device is "cuda", but torch finds no GPU here; set it to "cpu"')
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device_type == "cuda" else "float32"))
     with parallel.process_group(device_type) as mesh, metrics.progress_bar(dist.get_rank() == 0) as bar:
         torch.manual_seed(settings.seed)
@@ -74,6 +76,8 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
 
     newest = checkpoint.latest(run)
     first = checkpoint.restore(newest, model, adamw) if newest else 0
+    # A run that was killed right after the checkpoint still owes its validation.
+    validated = any(r["step"] == first - 1 and "valid_loss" in r for r in metrics.read(run / "metrics.jsonl"))
     if rank == 0:
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
@@ -92,8 +96,8 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
     loader = _micro_batches(
         windows, settings.batch, per_rank, rank, settings.micro_batch, data.workers, first, settings.steps
     )
-    if valid is not None and first == 0:
-        report({"step": 0, **validate(model, valid, device, settings.validate_windows)})
+    if valid is not None and not validated and (first == settings.steps or first % settings.validate_every == 0):
+        report({"step": max(first - 1, 0), **validate(model, valid, device, settings.validate_windows)})
     task = bar.add_task("training", total=settings.steps, completed=first)
     clock, clock_step = time.perf_counter(), first
     for step in range(first, settings.steps):
@@ -112,7 +116,8 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
         if not math.isfinite(float(norm)) or not math.isfinite(float(loss)):
             raise FloatingPointError(
                 f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; "
-                f"windows {step * settings.batch} to {(step + 1) * settings.batch - 1}. Nothing was updated."
+                f"windows {step * settings.batch} to {(step + 1) * settings.batch - 1}. Nothing was updated; "
+                "lower optimizer.learning_rate and run again, which goes on from the newest checkpoint."
             )
         rate = learning_rate(step, settings.steps, schedule.learning_rate, schedule.warmup_steps, schedule.stage_ends)
         for group in adamw.param_groups:
@@ -242,7 +247,7 @@ def export(run: str | Path, out: str | Path, force: bool = False) -> None:
     write_folder(
         out,
         config,
-        split_weights(ModelConfig.from_dict(config), dcp.read(newest, "model.")),
+        split_weights(ModelConfig.from_dict(config), checkpoint.weights(newest)),
         tokenizer_files=Tokenizer.load(newest).files,
         force=force,
     )

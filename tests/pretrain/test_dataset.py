@@ -143,6 +143,13 @@ def test_an_interrupted_run_continues(prepared, tmp_path, monkeypatch):
         tokens.build(prepared / "corpus", tokenizer, tmp_path / "t", 0.2, progress=False)
 
 
+@pytest.mark.parametrize("window", [-1, 0, 2])
+def test_a_window_needs_room_for_text(prepared, window):
+    with pytest.raises(ValueError, match=f"data.window is {window}, and a document needs 2 control tokens"):
+        windows(prepared, window=window)
+    assert windows(prepared, window=3).overhead == 2
+
+
 def test_fim_needs_its_tokens(prepared, tmp_path):
     import json
     import shutil

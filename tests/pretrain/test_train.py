@@ -1,10 +1,12 @@
 """Training as it is run: whole processes, on the CPU, in fp32."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,8 +141,6 @@ def test_a_killed_run_goes_on_bit_for_bit(prepared, finished, tmp_path):
 def test_resume_at_another_world_size(prepared, finished, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    import shutil
-
     shutil.copytree(finished / "checkpoints" / "step-00000006", run / "checkpoints" / "step-00000006")
     train(prepared, run, processes=2)
     torch.testing.assert_close(losses(run), losses(finished)[6:], rtol=1e-5, atol=0)
@@ -182,6 +182,8 @@ def test_show_prints_windows_with_infilling(prepared):
         ("train.batch=3", "train.micro_batch"),
         ("data.tokens=nowhere", "nowhere: no finished token folder"),
         ("train.sheps=3", "train.sheps is not a known key"),
+        ("optimizer.learning_rate=1e30", "Nothing was updated; lower optimizer.learning_rate"),
+        ("data.window=2", "data.window is 2"),
         ("model.num_heads=3", "num_heads 3 is not a multiple of num_kv_heads 2"),
     ],
 )
@@ -193,6 +195,40 @@ def test_mistakes_are_one_line(prepared, tmp_path, change, message):
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def resumable(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_validation_that_a_kill_prevented_is_made_up_for(prepared, resumable, finished):
+    file = resumable / "metrics.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    assert "valid_loss" in rows[-1]
+    file.write_text("".join(rows[:-1]))
+    for _ in range(2):  # once only
+        train(prepared, resumable, "train.validate_every=10")
+        assert metrics.read(file) == metrics.read(finished / "metrics.jsonl")
+
+
+def test_another_model_does_not_go_on(prepared, resumable):
+    done = subprocess.run(command(prepared, resumable, "model.num_layers=1"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "step-00000020: holds a model with num_hidden_layers 2, the recipe's has 1; go on with" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(prepared, resumable):
+    (damaged,) = checkpoint.latest(resumable).glob("*.distcp")
+    os.truncate(damaged, 1000)
+    export = [sys.executable, "-m", "pretrain", "export", str(resumable), str(resumable / "model")]
+    for program in (command(prepared, resumable), export):
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "step-00000020: damaged (" in done.stderr.splitlines()[-1]
+        assert "delete this folder" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_one_line(prepared, tmp_path):
@@ -212,7 +248,6 @@ def test_a_full_disk_is_one_line(prepared, tmp_path):
 
 def test_a_checkpoint_cannot_run_code(finished, tmp_path):
     import pickle
-    import shutil
 
     class Evil:
         def __reduce__(self):
