@@ -1,6 +1,8 @@
 """A recipe: one short TOML that says everything about a training run. Unknown keys are errors, not ignored."""
 
 import dataclasses
+import itertools
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -8,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_coder.config import ModelConfig
+
+# What the blocks may compute in; weights and optimizer state stay in float32.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -152,17 +157,53 @@ def from_dict(raw: dict[str, Any], source: str) -> Recipe:
         for name, kind in sections.items()
     }
     recipe = Recipe(**made)  # type: ignore[arg-type]
-    if recipe.train.batch % recipe.train.micro_batch:
-        raise ValueError(f"{source}: train.batch {recipe.train.batch} is not a multiple of train.micro_batch")
-    if not 0 <= recipe.data.fim_rate <= 1:
-        raise ValueError(f"{source}: data.fim_rate {recipe.data.fim_rate} is not between 0 and 1")
-    if recipe.data.fim_loss not in ("all", "middle"):
-        raise ValueError(f'{source}: data.fim_loss {recipe.data.fim_loss!r} is neither "all" nor "middle"')
+    _check(recipe, source)
     return recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
+
+
+def _check(recipe: Recipe, source: str) -> None:
+    data, optimizer, train = recipe.data, recipe.optimizer, recipe.train
+    ends, betas = optimizer.stage_ends, optimizer.betas
+    numbers = all(isinstance(value, int | float) for value in (*ends, *betas))
+    counts = [
+        (f"{section}.{name}", value >= 0, "0 or more")
+        for section in ("data", "optimizer", "train")
+        for name, value in vars(getattr(recipe, section)).items()
+        if isinstance(value, int)
+    ]
+    rules = [
+        *counts,
+        ("model.vocab_multiple", recipe.model.vocab_multiple >= 1, "1 or more"),
+        ("data.fim_rate", 0 <= data.fim_rate <= 1, "between 0 and 1"),
+        ("data.fim_loss", data.fim_loss in ("all", "middle"), '"all" or "middle"'),
+        ("optimizer.learning_rate", 0 < optimizer.learning_rate < math.inf, "above 0"),
+        (
+            "optimizer.stage_ends",
+            numbers and all(a < b for a, b in itertools.pairwise((0, *ends))) and (not ends or ends[-1] <= 1),
+            "increasing fractions of the steps, such as [0.8, 0.9]",
+        ),
+        (
+            "optimizer.betas",
+            numbers and len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "two numbers from 0 to below 1, such as [0.9, 0.95]",
+        ),
+        ("train.micro_batch", train.micro_batch >= 1, "1 or more"),
+        (
+            "train.batch",
+            train.batch >= 1 and train.batch % max(train.micro_batch, 1) == 0,
+            f"a multiple of train.micro_batch, {train.micro_batch}",
+        ),
+        ("train.device", train.device in ("", "cpu", "cuda"), '"cpu", "cuda" or "" for what is there'),
+        ("train.dtype", train.dtype in ("", *DTYPES), f'one of {", ".join(DTYPES)}, or "" for the device\'s own'),
+    ]
+    for key, holds, wanted in rules:
+        if not holds:
+            section, name = key.split(".")
+            raise ValueError(f"{source}: {key} is {getattr(getattr(recipe, section), name)!r}; it must be {wanted}")
 
 
 def _section(kind: type, raw: Any, where: str) -> Any:

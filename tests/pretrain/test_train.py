@@ -184,6 +184,7 @@ def test_show_prints_windows_with_infilling(prepared):
         ("train.sheps=3", "train.sheps is not a known key"),
         ("optimizer.learning_rate=1e30", "Nothing was updated; lower optimizer.learning_rate"),
         ("data.window=2", "data.window is 2"),
+        *([] if torch.cuda.is_available() else [("train.device=cuda", "torch finds no GPU here")]),
         ("model.num_heads=3", "num_heads 3 is not a multiple of num_kv_heads 2"),
     ],
 )
