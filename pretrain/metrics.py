@@ -43,7 +43,9 @@ def progress_bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Lines for a terminal pass above the bar; redirected to a file they must stay on stdout.
     terminal = sys.stdout.isatty()
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=terminal, disable=not shown)
+    console = Console(stderr=True)
+    shown = shown and console.is_terminal
+    return Progress(*columns, console=console, transient=True, redirect_stdout=terminal, disable=not shown)
 
 
 class MetricsFile:

@@ -39,11 +39,11 @@ class TokenFiles:
 
     def __init__(self, path: Path, split: str):
         self.path = path
-        if not (path / "manifest.json").is_file():
+        manifest = _record(path / "manifest.json")
+        if manifest is None:
             raise FileNotFoundError(
                 f"{path}: no finished token folder; run `python -m pretrain tokens CORPUS --tokenizer DIR --out {path}`"
             )
-        manifest = json.loads((path / "manifest.json").read_text())
         totals = manifest["splits"][split]
         dtype = np.dtype(manifest["dtype"])
         if totals["tokens"] == 0:
@@ -83,13 +83,14 @@ def build(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", "progress.json"):
-        record = json.loads((out / name).read_text()) if (out / name).is_file() else None
+        record = _record(out / name)
         if record and record["key"] != key:
             raise ValueError(f"{out}: holds tokens made from another corpus, tokenizer or share; choose another --out")
         if record and name == "manifest.json":
             return record
     done, splits = _resume(out, dtype)
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("tokens", total=None)
         for chunk in _chunks(islice(documents, done, None)):
             encoded = iter(tokenizer.encode_batch([text for document in chunk for text in document.texts]))
@@ -145,9 +146,26 @@ class _Writer:
                 file.write(np.array(values, kind).tobytes())
 
 
+def _record(file: Path) -> dict[str, Any] | None:
+    """A manifest or a record of progress; None if there is none. Raises ValueError for any other file."""
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        for split in SPLITS:
+            record["splits"][split]["tokens"]
+        record["key"], record["dtype" if file.name == "manifest.json" else "documents"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{file}: not the record of a token folder, or damaged; name another folder, or delete this one and make "
+            "it again"
+        ) from None
+    return record
+
+
 def _resume(out: Path, dtype: np.dtype) -> tuple[int, dict[str, _Writer]]:
     """(documents done, writers that continue): files are cut back to what the last record vouches for."""
-    progress = json.loads((out / "progress.json").read_text()) if (out / "progress.json").is_file() else None
+    progress = _record(out / "progress.json")
     writers = {split: _Writer(progress["splits"][split] if progress else None) for split in SPLITS}
     for split, writer in writers.items():
         for suffix, count in ((".ids", "tokens"), (".files", "files"), (".documents", "documents")):

@@ -52,7 +52,7 @@ def build(
 
     sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: {"crawl": {...}, "filter": {...}}
     with fields of crawl.Limits and rules.Rules. An interrupted or changed run redoes only what is missing or changed.
-    progress: bars on stderr.
+    progress: bars on stderr if that is a terminal.
 
     Raises FileNotFoundError for a source that does not exist; ValueError for any other source that cannot be read, for
     an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.

@@ -81,7 +81,7 @@ def run(
     """Brings every shard of a stage up to date under out/stage/ and returns its manifest, also written there.
 
     settings: a dataclass, passed on and part of each shard's key. modules: those whose source decides the result.
-    pool: where the shards are worked on; None is this process. progress: a bar on stderr.
+    pool: where the shards are worked on; None is this process. progress: a bar on stderr if that is a terminal.
     Raises ValueError when shards failed, naming each with its reason; the finished ones are kept.
     """
     folder = out / stage
@@ -93,7 +93,8 @@ def run(
     records: dict[str, Any] = {shard.name: _finished(folder, shard.name, keys[shard.name]) for shard in shards}
     todo = [shard for shard in shards if records[shard.name] is None]
     columns = (TextColumn(f"{stage:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(stage, total=len(shards), completed=len(shards) - len(todo))
         jobs = [(function, out, stage, shard, settings, keys[shard.name]) for shard in todo]
         for name, record in _work_all(jobs, pool):

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -115,8 +116,11 @@ def test_summary(real):
     assert "imports between kept files" in text
 
 
-def test_progress_goes_to_stderr(real, tmp_path, capfd):
+def test_progress_goes_to_stderr_if_that_is_a_terminal(real, tmp_path, capfd, monkeypatch):
     sources, _, _ = real
+    corpus.build(sources[:1], tmp_path / "out", progress=True)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     corpus.build(sources[:1], tmp_path / "out", progress=True)
     said = capfd.readouterr()
     assert said.out == ""

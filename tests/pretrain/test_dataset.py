@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_coder.tokenizer import Tokenizer
+from pretrain import tokens
 from pretrain.dataset import join_windows, load_windows, split_documents
 from pretrain.tokens import TokenFiles
 
@@ -116,8 +117,6 @@ def test_token_files_are_the_corpus(prepared):
 
 
 def test_an_interrupted_run_continues(prepared, tmp_path, monkeypatch):
-    from pretrain import tokens
-
     monkeypatch.setattr(tokens, "CHUNK_BYTES", 100_000)
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     real, calls = tokens.write_json, []
@@ -141,6 +140,17 @@ def test_an_interrupted_run_continues(prepared, tmp_path, monkeypatch):
         assert (tmp_path / "t" / name).read_bytes() == (prepared / "tokens" / name).read_bytes()
     with pytest.raises(ValueError, match="choose another --out"):
         tokens.build(prepared / "corpus", tokenizer, tmp_path / "t", 0.2, progress=False)
+
+
+def test_another_folder_and_a_damaged_record(prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"corpus/manifest\.json: not the record of a token folder"):
+        TokenFiles(prepared / "corpus", "train")
+    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    for name in ("manifest.json", "progress.json"):
+        (tmp_path / name).write_text((prepared / "tokens" / "manifest.json").read_text()[:100])
+        with pytest.raises(ValueError, match=rf"{name}: not the record of a token folder, or damaged; name another"):
+            tokens.build(prepared / "corpus", tokenizer, tmp_path, progress=False)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("window", [-1, 0, 2])
