@@ -10,7 +10,11 @@ import typer
 from convert.command import run
 from deepseek_coder.tokenizer import Tokenizer
 
-from . import corpus as corpora
+try:
+    from . import corpus as corpora
+except ModuleNotFoundError as missing:
+    print(f'error: {missing.name} is not installed; pip install "deepseek-coder-torch[corpus]"', file=sys.stderr)
+    sys.exit(2)
 from . import metrics, recipe, tokens
 from . import tokenizer as vocabulary
 from . import train as training

@@ -50,6 +50,21 @@ def test_from_repositories_to_a_completion(library, tmp_path):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["train"]["steps"] == 2
 
 
+def test_without_arguments_there_is_only_the_help():
+    result = run()
+    assert result.returncode == 2
+    assert "Usage:" in result.stdout + result.stderr
+    assert "error:" not in result.stderr
+
+
+def test_without_the_extra():
+    code = "import runpy, sys; sys.modules['pyarrow'] = None; runpy.run_module('pretrain', run_name='__main__')"
+    refused(
+        subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True),
+        'pyarrow is not installed; pip install "deepseek-coder-torch[corpus]"',
+    )
+
+
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "latin.py").write_bytes(b"x = '\xe4'\n" * 50)
