@@ -77,8 +77,9 @@ def attention(
     block = group * _block(kv_heads, 2 * k.shape[0] * head_dim * k.element_size())
     forward_kernel[(min(_multiprocessors(q.device), tiles * heads),)](
         _descriptor(q, 64), _descriptor(k, KEYS), _descriptor(v, KEYS), _descriptor(out, 64), out, lse, items, tiles,
-        total, heads, block, scale * LOG2E.value, q.stride(1), k.stride(1), v.stride(1), out.stride(1), out.stride(0),
-        GROUP=group, D=head_dim, CAUSAL=causal, BLOCK_N=KEYS, STAGES=2, num_warps=4, maxnreg=168,
+        total, heads, block, group, scale * LOG2E.value,
+        q.stride(1), k.stride(1), v.stride(1), out.stride(1), out.stride(0),
+        D=head_dim, CAUSAL=causal, BLOCK_N=KEYS, STAGES=2, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
 
@@ -154,10 +155,10 @@ def attention_backward(
     backward_kernel[(min(_multiprocessors(device), tiles * heads),)](
         _descriptor(q, BACKWARD_QUERIES), _descriptor(k, 64), _descriptor(v, 64), _descriptor(dout, BACKWARD_QUERIES),
         _flat_descriptor(dq_sum, BACKWARD_QUERIES, head_dim // 2), _flat_descriptor(lse_padded, BACKWARD_QUERIES),
-        _flat_descriptor(delta_padded, BACKWARD_QUERIES), dk_parts, dv_parts, items, tiles, heads, block,
+        _flat_descriptor(delta_padded, BACKWARD_QUERIES), dk_parts, dv_parts, items, tiles, heads, block, group,
         padded_total, scale, scale * LOG2E.value, q.stride(1), dout.stride(1), k.stride(1), v.stride(1),
         dk_parts.stride(0), dk_parts.stride(1), dv_parts.stride(0), dv_parts.stride(1),
-        GROUP=group, D=head_dim, CAUSAL=causal, STAGES=2, num_warps=4, maxnreg=168,
+        D=head_dim, CAUSAL=causal, STAGES=2, num_warps=4, maxnreg=168,
     )  # fmt: skip
     _finish_kernel[(padded_tiles, heads)](
         dq_sum, dq, cu_q, documents, padded_total, scale, dq.stride(0), dq.stride(1),

@@ -104,7 +104,7 @@ def _item(at):
 
 
 @gluon.jit
-def _loader(shared, counter, strides, GROUP: gl.constexpr, STAGES: gl.constexpr):
+def _loader(shared, counter, group, strides, STAGES: gl.constexpr):
     desc, bars, bufs, work, padded_total = shared
     q_head, do_head, k_head, v_head = strides
     count = 0
@@ -113,7 +113,7 @@ def _loader(shared, counter, strides, GROUP: gl.constexpr, STAGES: gl.constexpr)
     while index < work.num_items:
         at, head = locate(work, index)
         item = _item(at)
-        kv_head = head // GROUP
+        kv_head = head // group
         mbarrier.wait(bars.k_empty.index(0), (number & 1) ^ 1)
         mbarrier.expect(bars.k_full.index(0), 2 * desc.k.block_type.nbytes)
         for c in gl.static_range(2):
@@ -306,12 +306,12 @@ def _storer(shared, D: gl.constexpr):
         number += 1
 
 
-@gluon.jit(do_not_specialize=["padded_total"])
+@gluon.jit(do_not_specialize=["num_tiles", "heads", "block", "group", "padded_total"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc, dk_out, dv_out, items, num_tiles, heads, block,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc, dk_out, dv_out, items, num_tiles, heads, block, group,
     padded_total, scale, scale_log2, q_head, do_head, k_head, v_head,
     dk_row, dk_head, dv_row, dv_head,
-    GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq_sum (heads * padded_total, D) fp32 is added to; dk_out, dv_out: of every query head; items: `schedule.py`."""
     k_s = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, D], k_desc.layout)
@@ -359,13 +359,14 @@ def backward_kernel(
     tiles = gl.load(items + num_tiles * COLUMNS)
     work = Work(ring, items, tiles, tiles * heads, block)
     shared = (desc, bars, bufs, work, padded_total)
+    counter = items + num_tiles * COLUMNS + 1
     outputs = (dk_out, dv_out)
     strides = (dk_row, dk_head, dv_row, dv_head)
     gl.warp_specialize(
         [
             (_consumer, (shared, outputs, strides, scale, scale_log2, 0, STAGES, CAUSAL, D)),
             (_consumer, (shared, outputs, strides, scale, scale_log2, 1, STAGES, CAUSAL, D)),
-            (_loader, (shared, items + num_tiles * COLUMNS + 1, (q_head, do_head, k_head, v_head), GROUP, STAGES)),
+            (_loader, (shared, counter, group, (q_head, do_head, k_head, v_head), STAGES)),
             (_storer, (shared, D)),
         ],
         [4, 1, 1],

@@ -82,8 +82,8 @@ def _key_tiles(seen, n_k, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    shared, counter,
-    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    shared, counter, group,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     desc, bars, bufs, work, strides = shared
     count = 0
@@ -94,8 +94,8 @@ def _producer(
         row = gl.load(at)
         key = gl.load(at + 2)
         tiles = _key_tiles(gl.load(at + 3), gl.load(at + 4), BLOCK_N, CAUSAL)
-        k_column = head // GROUP * strides.k
-        v_column = head // GROUP * strides.v
+        k_column = head // group * strides.k
+        v_column = head // group * strides.v
         for i in range(tiles):
             slot = count % STAGES
             empty = ((count // STAGES) & 1) ^ 1
@@ -259,11 +259,11 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "total"])
+@gluon.jit(do_not_specialize=["num_tiles", "total", "heads", "block", "group"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, out, lse, items, num_tiles, total, heads, block, scale_log2,
+    q_desc, k_desc, v_desc, o_desc, out, lse, items, num_tiles, total, heads, block, group, scale_log2,
     q_head, k_head, v_head, o_head, out_row,
-    GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """items: `schedule.py`; *_head: columns between heads in the descriptors' two dimensions; lse (heads, total)."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], q_desc.layout)
@@ -300,7 +300,7 @@ def forward_kernel(
         [
             (_consumer, (shared, outputs, scale_log2, 0, BLOCK_N, STAGES, CAUSAL, D)),
             (_consumer, (shared, outputs, scale_log2, 1, BLOCK_N, STAGES, CAUSAL, D)),
-            (_producer, (shared, items + num_tiles * COLUMNS + 1, GROUP, BLOCK_N, STAGES, CAUSAL)),
+            (_producer, (shared, items + num_tiles * COLUMNS + 1, group, BLOCK_N, STAGES, CAUSAL)),
         ],
         [4, 1],
         [240, 24],

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -82,8 +82,8 @@ def shapes() -> list[Shape]:
 def ours(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Callable[[], Tensor]:
     if shape.documents:
         cu = cumulative(shape)
-        return lambda: kernels.flash_attn_varlen_func(q, k, v, cu, cu, causal=shape.causal)
-    return lambda: kernels.flash_attn_func(q, k, v, causal=shape.causal)
+        return lambda: cast(Tensor, kernels.flash_attn_varlen_func(q, k, v, cu, cu, causal=shape.causal))
+    return lambda: cast(Tensor, kernels.flash_attn_func(q, k, v, causal=shape.causal))
 
 
 def cumulative(shape: Shape) -> Tensor:

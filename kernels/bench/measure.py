@@ -38,7 +38,7 @@ def matmul_tflops(size: int = 8192) -> float:
 
 
 def environment() -> dict[str, Any]:
-    found = {}
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
