@@ -308,8 +308,8 @@ def _storer(shared, D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_tiles", "heads", "block", "group", "padded_total"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc, dk_out, dv_out, items, num_tiles, heads, block, group,
-    padded_total, scale, scale_log2, q_head, do_head, k_head, v_head,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc, dk_out, dv_out, items, num_tiles,
+    heads, block, group, padded_total, scale, scale_log2, q_head, do_head, k_head, v_head,
     dk_row, dk_head, dv_row, dv_head,
     D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
