@@ -46,6 +46,6 @@ def test_kernels_train_like_the_reference(whole_library, tmp_path):
     kernels = last_losses(whole_library, tmp_path / "kernels", "auto", 0)
     reference = last_losses(whole_library, tmp_path / "reference", "reference", 0)
     other_seed = last_losses(whole_library, tmp_path / "seed", "auto", 1)
-    print(f"last 20 steps: kernels {kernels:.4f}, reference {reference:.4f}, kernels with another seed {other_seed:.4f}")
+    print(f"last 20 steps: kernels {kernels:.4f}, reference {reference:.4f}, another seed {other_seed:.4f}")
     assert abs(kernels / reference - 1) < 0.005
     assert abs(kernels - reference) < abs(kernels - other_seed)
