@@ -58,9 +58,9 @@ def hopper_missing(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) != (9, 0):
         return f"the Hopper kernels need a Hopper GPU, not {torch.cuda.get_device_name(device)}"
     try:
-        importlib.import_module("kernels.attention.hopper")
-    except Exception as error:  # Gluon is young: another version of triton may lack what they use, in many ways
-        return f"the Hopper kernels do not import ({error})"
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except Exception as error:  # Gluon is young: another version of triton may lack it
+        return f"this triton has no Gluon for Hopper ({error})"
     return None
 
 

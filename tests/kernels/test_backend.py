@@ -57,7 +57,7 @@ def test_auto(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(dispatch, "hopper_missing", lambda _: None)
     assert backend() == "hopper"
-    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: "the Hopper kernels do not import")
+    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: "this triton has no Gluon for Hopper")
     assert backend() == "triton"
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
     assert backend() == "reference"
