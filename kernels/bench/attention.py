@@ -113,6 +113,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Callable[[], Tensor]:
     mask = None
     if shape.causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.seqlen, shape.seqlen, device="cuda")
+    torch._dynamo.reset()  # past the limit of recompilations it would run uncompiled, and be measured so
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=shape.heads != shape.kv_heads).transpose(1, 2)

@@ -83,7 +83,7 @@ def inspect_binary(cubin):
     registers = re.search(r"REG:(\d+)", usage)
     assert stack, usage
     assert registers, usage
-    loops = longest_loops(labelled)
+    loops = innermost_loops(labelled)
     return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations, "loops": loops}
 
 
@@ -128,10 +128,11 @@ def run_attention(dtype, head_dim):
         out.sum().backward()
 
 
-def longest_loops(sass):
-    """Of each loop that multiplies matrices: how many matrix products and accesses to local memory it holds.
+def innermost_loops(sass):
+    """Of each innermost loop that multiplies matrices: how many matrix products and accesses to local memory it holds.
 
-    A loop is what lies between a label and the last branch back to it; loops that hold other such loops are left out.
+    A loop is what lies between a label and a branch back to it. What waits for a barrier stands behind the end of the
+    program and branches back as well: such stretches hold an EXIT, and are none.
     """
     lines, labels, loops = sass.splitlines(), {}, []
     for i, line in enumerate(lines):
@@ -140,7 +141,7 @@ def longest_loops(sass):
         branch = re.search(r"\bBRA(?:\.\S+)?\s+(?:\S+,\s*)*`\((\.L_x_\d+)\)", line)
         if branch and branch[1] in labels:
             body = "\n".join(lines[labels[branch[1]] : i])
-            if re.search(r"\bHGMMA\b", body):
+            if re.search(r"\bHGMMA\b", body) and not re.search(r"\bEXIT\b", body):
                 loops.append((labels[branch[1]], i, body))
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a[:2] != b[:2] for b in loops)]
     return [{name: len(re.findall(rf"\b{name}\b", body)) for name in ("HGMMA", "LDL", "STL")} for _, _, body in inner]

@@ -82,7 +82,8 @@ def test_attention_uses_the_tensor_cores(head_dim, kernel):
 
 
 HOPPER = "kernels.attention.hopper"
-MAIN_LOOP = {f"{HOPPER}_forward.forward_kernel": 0, f"{HOPPER}_backward.backward_kernel": 6}
+# Accesses to local memory that the innermost loops may hold.
+MAIN_LOOP = {f"{HOPPER}_forward.forward_kernel": 0, f"{HOPPER}_backward.backward_kernel": 12}
 
 
 @pytest.mark.network
@@ -107,6 +108,6 @@ def test_hopper_kernels(dtype, head_dim, older):
         assert ("UTMAREDG" in operations) == ("backward" in report["kernel"])
         # The innermost loops: masked and unmasked tiles, of both consumers. The backward is short of registers, and
         # keeps a few numbers of a tile (never a part of a matrix) in local memory.
-        loops = sorted(report["loops"], key=lambda loop: loop["LDL"])[:4]
-        assert all(loop["HGMMA"] > 0 for loop in loops)
-        assert max(loop["LDL"] + loop["STL"] for loop in loops) <= 2 * MAIN_LOOP[report["kernel"]]
+        assert len(report["loops"]) == 4
+        for loop in report["loops"]:
+            assert loop["LDL"] + loop["STL"] <= MAIN_LOOP[report["kernel"]]
