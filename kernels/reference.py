@@ -78,7 +78,7 @@ def attention(
 
 def attention_backward(
     dout: Tensor,  # (total, heads, head_dim)
-    dlse: Tensor,  # (heads, total)
+    dlse: Tensor | None,  # (heads, total); None: zeros
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,15 +88,21 @@ def attention_backward(
     cu_seqlens_k: Tensor,
     scale: float,
     causal: bool,
+    deterministic: bool,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Fills dq, dk, dv. With P = exp(S - lse): dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, ..."""
+    """Fills dq, dk, dv, the same bits each time.
+
+    With P = exp(S - lse): dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, ...
+    """
     dtype, kv_heads = wide(q.dtype), k.shape[1]
     for gradient in (dq, dk, dv):
         gradient.zero_()
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).t() - dlse  # (heads, total)
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).t()  # (heads, total)
+    if dlse is not None:
+        delta = delta - dlse
     for a, b, c, d in _documents(cu_seqlens_q, cu_seqlens_k):
         keys, values = (x[c:d].transpose(0, 1).to(dtype) for x in (k, v))  # (kv_heads, keys, head_dim)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import check, use_hopper, use_triton
+from ..dispatch import check, custom_op, use_hopper, use_triton
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"]
 
 
-def _implementation(q: Tensor, k: Tensor, scale: float, deterministic: bool = False) -> Any:
+def _implementation(q: Tensor, k: Tensor, scale: float) -> Any:
     """The module that runs these inputs: reference, portable and hopper have the same two functions."""
     unsupported = None
     if q.shape[2] not in (16, 32, 64, 128):
@@ -34,9 +34,8 @@ def _implementation(q: Tensor, k: Tensor, scale: float, deterministic: bool = Fa
             "the Hopper attention has fp16 and bf16, head_dim 64 and 128, and positive scales, "
             f"not {q.dtype}, {q.shape[2]} and {scale}"
         )
-    # Nothing to describe to the copy engine; and the Hopper backward adds up dQ in the order in which tiles finish.
-    empty = q.shape[0] == 0 or k.shape[0] == 0
-    if not empty and not deterministic and use_hopper(q, unsupported):
+    empty = q.shape[0] == 0 or k.shape[0] == 0  # nothing to describe to the copy engine
+    if not empty and use_hopper(q, unsupported):
         from . import hopper
 
         return hopper
@@ -50,7 +49,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("deepseek_coder::attention", mutates_args=())
+@custom_op("attention")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool,
     deterministic: bool,
@@ -69,22 +68,22 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.wide(q.dtype))
 
 
-@torch.library.custom_op("deepseek_coder::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def _attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _implementation(q, k, scale, deterministic).attention_backward(
-        dout.contiguous(), dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
-        cu_seqlens_q, cu_seqlens_k, scale, causal, dq, dk, dv,
+    _implementation(q, k, scale).attention_backward(
+        dout.contiguous(), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
+        cu_seqlens_q, cu_seqlens_k, scale, causal, deterministic, dq, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
 
 
 @_attention_backward.register_fake
 def _(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -93,10 +92,12 @@ def _(
 def _setup(ctx, inputs, output):
     *tensors, ctx.scale, ctx.causal, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # lse seldom has a gradient: zeros for it would cost a launch
 
 
 def _backward(ctx, dout, dlse):
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
     gradients = _attention_backward(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.causal, ctx.deterministic
     )  # fmt: skip
@@ -112,7 +113,7 @@ def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tens
     return q, k, v
 
 
-@torch.library.custom_op("deepseek_coder::attention_qkvpacked", mutates_args=())
+@custom_op("attention_qkvpacked")
 def _attention_qkvpacked(
     qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -130,16 +131,16 @@ def _(
     return qkv.new_empty(qkv.shape[0], columns), qkv.new_empty((heads, qkv.shape[0]), dtype=reference.wide(qkv.dtype))
 
 
-@torch.library.custom_op("deepseek_coder::attention_qkvpacked_backward", mutates_args=())
+@custom_op("attention_qkvpacked_backward")
 def _attention_qkvpacked_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     heads: int, kv_heads: int, scale: float, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     q, k, v = _split(_rows(qkv), heads, kv_heads)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _implementation(q, k, scale, deterministic).attention_backward(
-        dout.contiguous().view(q.shape), torch.zeros_like(lse), q, k, v, out.view(q.shape), lse,
-        cu_seqlens, cu_seqlens, scale, causal, *_split(dqkv, heads, kv_heads),
+    _implementation(q, k, scale).attention_backward(
+        dout.contiguous().view(q.shape), None, q, k, v, out.view(q.shape), lse,
+        cu_seqlens, cu_seqlens, scale, causal, deterministic, *_split(dqkv, heads, kv_heads),
     )  # fmt: skip
     return dqkv
 
@@ -155,6 +156,7 @@ def _(
 def _setup_qkvpacked(ctx, inputs, output):
     qkv, cu_seqlens, *ctx.constants = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):  # lse is not handed out, so nothing flows back into it
@@ -186,6 +188,13 @@ def _check_lengths(name: str, x: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
         same,
         lambda: f"{name}: cu_seqlens must be int32 on {x.device}, not {cu_q.dtype}, {cu_k.dtype} on {cu_q.device}",
     )
+
+
+def _steps(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of `batch` documents of one length."""
+    if length == 0:
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
 
 
 def _scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -245,9 +254,8 @@ def flash_attn_func(
         lambda: f"flash_attn_func: batches of {q.shape[0]} and {k.shape[0]} do not fit each other",
     )
     batch, queries, heads, head_dim = q.shape
-    steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    cu_seqlens_q = steps * queries
-    cu_seqlens_k = cu_seqlens_q if k.shape[1] == queries else steps * k.shape[1]
+    cu_seqlens_q = _steps(batch, queries, q.device)
+    cu_seqlens_k = cu_seqlens_q if k.shape[1] == queries else _steps(batch, k.shape[1], q.device)
     out, lse = _attention(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q, cu_seqlens_k,
         _scale(softmax_scale, head_dim), causal, deterministic,

@@ -2,14 +2,20 @@
 
 A work item is a tile of 128 keys and one query head; it walks over the tiles of 64 queries that see the keys. Query
 heads that share a key head leave their parts of dK and dV apart, to be added up afterwards: one item for all of them
-would read and add to so many heads' Q, dO and dQ at a time that these fall out of the L2 cache. Four kinds of warps
-share a program:
+would read and add to so many heads' Q, dO and dQ at a time that these fall out of the L2 cache. The kinds of warps in a
+program:
 
 - one *loader* warp issues TMA copies: K and V once an item, Q, dO, lse and delta into rings of STAGES buffers;
 - two *consumers*, warpgroups of 64 keys each, compute S^T = K Q^T and dP^T = V dO^T, and keep dK and dV in registers.
   P^T and dS^T go from registers straight into the products dV += P^T dO and dK += dS^T Q. dQ = dS K sums over the keys
-  of both, so they exchange dS^T in shared memory, and each makes one half of dQ's columns;
-- one *storer* warp adds dQ to the fp32 dQ in global memory by TMA reductions, for which nobody waits.
+  of both, so they exchange dS^T in shared memory, and each makes one half of dQ's columns and adds it to the fp32 dQ in
+  global memory, from registers, waiting for nothing. Shared memory is what limits this kernel: the products alone read
+  224 KB of it a tile, which takes it 1800 cycles of the 2560 that they need, so dQ does not pass through it;
+- if DETERMINISTIC, one *gate* warp. The order in which tiles of keys add to dQ is otherwise that in which they finish,
+  and the last bits of the sums with it. A counter for each tile of queries says how many tiles of keys have added to
+  it, and the gate lets the consumers add when it is their turn: the last tile of keys first. That is the natural order:
+  of tiles that begin at the same time on their first queries, a later one comes to a given query earlier. Items are
+  taken up in this order too, so whoever is waited for has been taken up before.
 
 The exchange is the only place where consumers meet. It is taken off the critical path by a delay: the dQ of a tile is
 made one tile later, when the other's dS has long been there.
@@ -20,10 +26,8 @@ makes their P and dS zero. So the last tile of a document needs no mask, and dQ 
 
 from typing import Any, NamedTuple
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -39,19 +43,11 @@ ROWS = gl.constexpr(64)  # queries of a tile
 KEYS = gl.constexpr(64)  # keys of a consumer
 
 
-@builtin
-def _async_reduce_add(desc, coord, src, _semantic=None):
-    """global tile += src, a tile in shared memory: the copy engine's reduction, which Gluon has no name for yet."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
-
-
 class Descriptors(NamedTuple):
     q: Any
     k: Any
     v: Any
     do: Any
-    dq: Any
     lse: Any
     delta: Any
 
@@ -67,20 +63,19 @@ class Barriers(NamedTuple):
     do_empty: Any
     ds_full: Any
     ds_empty: Any
-    dq_full: Any
-    dq_empty: Any
+    granted: Any
+    added: Any
 
 
 class Buffers(NamedTuple):
     """Shared memory: k, v (2, KEYS, D), one each a consumer; q, do (STAGES, ROWS, D); ds (2 * 2, KEYS, ROWS), two tiles
-    of both consumers; dq (2, ROWS, D / 2), one a consumer, fp32; lse, delta (STAGES, ROWS), fp32."""
+    of both consumers; lse, delta (STAGES, ROWS), fp32."""
 
     k: Any
     v: Any
     q: Any
     do: Any
     ds: Any
-    dq: Any
     lse: Any
     delta: Any
 
@@ -160,21 +155,27 @@ def _dq_product(count, bars, bufs, CONSUMER: gl.constexpr, HALF: gl.constexpr, H
 
 
 @gluon.jit
-def _dq_leave(dq, count, bars, bufs, CONSUMER: gl.constexpr):
-    """Hands the finished dQ of the count-th tile to the storer."""
+def _dq_add(dq, at, count, bars, CONSUMER: gl.constexpr, HALF: gl.constexpr, DETERMINISTIC: gl.constexpr):
+    """Adds this consumer's half of dQ of the count-th tile to the tile in global memory that begins at `at`."""
     mbarrier.arrive(bars.ds_empty.index(count % 2), count=1)
-    mbarrier.wait(bars.dq_empty.index(CONSUMER), (count & 1) ^ 1)
-    bufs.dq.index(CONSUMER).store(dq)
-    fence_async_shared()
-    thread_barrier()
-    mbarrier.arrive(bars.dq_full.index(CONSUMER), count=1)
+    # In the order in which registers hold it (hopper.py undoes that): each thread adds 16 contiguous bytes at a time.
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    flat = dq.reshape([4, 2, 8, HALF // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS * HALF])
+    at = at + CONSUMER * ROWS * HALF + gl.arange(0, ROWS * HALF, layout=FLAT)
+    if DETERMINISTIC:
+        mbarrier.wait(bars.granted.index(0), count & 1)
+    gl.atomic_add(at, gl.convert_layout(flat, FLAT), sem="relaxed")
+    if DETERMINISTIC:
+        thread_barrier()
+        mbarrier.arrive(bars.added.index(0), count=1)
 
 
 @gluon.jit
 def _tile(
-    i, count, dk, dv, bars, bufs, item, scale_log2,
-    CONSUMER: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
-    FIRST: gl.constexpr, S: gl.constexpr, A: gl.constexpr, H: gl.constexpr,
+    i, count, dk, dv, dq_at, bars, bufs, item, scale_log2,
+    CONSUMER: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, MASKED: gl.constexpr, FIRST: gl.constexpr,
+    S: gl.constexpr, A: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
     """Query tile i, the count-th of this program; FIRST of an item: no dQ is pending."""
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=A, k_width=2)
@@ -216,7 +217,7 @@ def _tile(
         dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
     mbarrier.arrive(bars.do_empty.index(slot), count=1)
     if not FIRST:
-        _dq_leave(dq, count - 1, bars, bufs, CONSUMER)
+        _dq_add(dq, dq_at + (i - 1) * (ROWS * HALF * 2), count - 1, bars, CONSUMER, HALF, DETERMINISTIC)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(bars.q_empty.index(slot), count=1)
     return dk, dv
@@ -225,10 +226,10 @@ def _tile(
 @gluon.jit
 def _consumer(
     shared, outputs, strides, scale, scale_log2,
-    CONSUMER: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, D: gl.constexpr,
+    CONSUMER: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, D: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
-    _desc, bars, bufs, work, _padded_total = shared
-    dk_out, dv_out = outputs
+    _desc, bars, bufs, work, padded_total = shared
+    dk_out, dv_out, dq_sum = outputs
     dk_row, dk_head, dv_row, dv_head = strides
     HALF: gl.constexpr = D // 2
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -245,24 +246,25 @@ def _consumer(
             unmasked = gl.minimum((item.shift + CONSUMER * KEYS + KEYS + ROWS - 2) // ROWS, item.end)
         elif item.keys < 2 * KEYS:
             unmasked = item.end
+        dq_at = dq_sum + (head * padded_total + item.padded).to(gl.int64) * D
         dk = gl.zeros([KEYS, D], gl.float32, layout=A)
         dv = gl.zeros([KEYS, D], gl.float32, layout=A)
         mbarrier.wait(bars.k_full.index(0), number & 1)
         mbarrier.wait(bars.v_full.index(0), number & 1)
         dk, dv = _tile(
-            item.first, count, dk, dv, bars, bufs, item, scale_log2,
-            CONSUMER, STAGES, HALF, CAUSAL, True, True, S, A, H,
+            item.first, count, dk, dv, dq_at, bars, bufs, item, scale_log2,
+            CONSUMER, STAGES, HALF, CAUSAL, DETERMINISTIC, True, True, S, A, H,
         )  # fmt: skip
         middle = gl.maximum(unmasked, item.first + 1)
         for i in range(item.first + 1, middle):
             dk, dv = _tile(
-                i, count + i - item.first, dk, dv, bars, bufs, item, scale_log2,
-                CONSUMER, STAGES, HALF, CAUSAL, True, False, S, A, H,
+                i, count + i - item.first, dk, dv, dq_at, bars, bufs, item, scale_log2,
+                CONSUMER, STAGES, HALF, CAUSAL, DETERMINISTIC, True, False, S, A, H,
             )  # fmt: skip
         for i in range(middle, item.end):
             dk, dv = _tile(
-                i, count + i - item.first, dk, dv, bars, bufs, item, scale_log2,
-                CONSUMER, STAGES, HALF, CAUSAL, False, False, S, A, H,
+                i, count + i - item.first, dk, dv, dq_at, bars, bufs, item, scale_log2,
+                CONSUMER, STAGES, HALF, CAUSAL, DETERMINISTIC, False, False, S, A, H,
             )  # fmt: skip
         count += item.end - item.first
         dq = _dq_product(count - 1, bars, bufs, CONSUMER, HALF, H)
@@ -277,7 +279,8 @@ def _consumer(
         dv_at = dv_out + head.to(gl.int64) * dv_head + row * dv_row + d
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(bars.k_empty.index(0), count=1)
-        _dq_leave(dq, count - 1, bars, bufs, CONSUMER)
+        dq_at = dq_sum + (head * padded_total + item.padded + (item.end - 1) * ROWS).to(gl.int64) * D
+        _dq_add(dq, dq_at, count - 1, bars, CONSUMER, HALF, DETERMINISTIC)
         gl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=c < item.keys)
         gl.store(dk_at, (dk * scale).to(dk_out.dtype.element_ty), mask=c < item.keys)
         index = told(work, number)
@@ -285,22 +288,27 @@ def _consumer(
 
 
 @gluon.jit
-def _storer(shared, D: gl.constexpr):
-    desc, bars, bufs, work, padded_total = shared
+def _gate(shared, turns, CAUSAL: gl.constexpr, DETERMINISTIC: gl.constexpr):
+    _desc, bars, _bufs, work, padded_total = shared
     count = 0
     number = 0
     index = gl.program_id(0)
+    if not DETERMINISTIC:
+        index = work.num_items
     while index < work.num_items:
         at, head = locate(work, index)
         item = _item(at)
-        row = head * padded_total + item.padded
+        turns_at = turns + (head * padded_total + item.padded) // ROWS
+        later = (item.keys - 1) // (2 * KEYS)  # tiles of keys
         for i in range(item.first, item.end):
-            for c in gl.static_range(2):
-                mbarrier.wait(bars.dq_full.index(c), count & 1)
-                _async_reduce_add(desc.dq, [row + i * ROWS, c * (D // 2)], bufs.dq.index(c))
-            tma.store_wait(0)
-            for c in gl.static_range(2):
-                mbarrier.arrive(bars.dq_empty.index(c), count=1)
+            before = later
+            if CAUSAL:  # of these tiles, those that this tile of queries sees
+                before = gl.minimum(later, (i * ROWS + ROWS - 1 - item.shift) // (2 * KEYS))
+            while gl.atomic_add(turns_at + i, 0, sem="acquire") < before:
+                pass
+            mbarrier.arrive(bars.granted.index(0), count=1)
+            mbarrier.wait(bars.added.index(0), count & 1)
+            gl.atomic_add(turns_at + i, 1, sem="release")
             count += 1
         index = told(work, number)
         number += 1
@@ -308,19 +316,19 @@ def _storer(shared, D: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_tiles", "heads", "block", "group", "padded_total"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc, dk_out, dv_out, items, num_tiles,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_out, dv_out, dq_sum, turns, items, num_tiles,
     heads, block, group, padded_total, scale, scale_log2, q_head, do_head, k_head, v_head,
     dk_row, dk_head, dv_row, dv_head,
-    D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
-    """dq_sum (heads * padded_total, D) fp32 is added to; dk_out, dv_out: of every query head; items: `schedule.py`."""
+    """dk_out, dv_out: of every query head; items: `schedule.py`. dq_sum (heads * padded_total / ROWS, ROWS * D) fp32 is
+    added to, the numbers of each tile of queries in `_dq_add`'s order; turns (heads * padded_total / ROWS): zeros."""
     k_s = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D], do_desc.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q_desc.dtype)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4, KEYS, ROWS], DS)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, ROWS, D // 2], dq_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], lse_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], delta_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -333,12 +341,14 @@ def backward_kernel(
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    granted = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    added = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full.index(0), count=1)
     mbarrier.init(v_full.index(0), count=1)
     mbarrier.init(k_empty.index(0), count=2)
     mbarrier.init(v_empty.index(0), count=2)
+    mbarrier.init(granted.index(0), count=1)
+    mbarrier.init(added.index(0), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -347,27 +357,25 @@ def backward_kernel(
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
-        mbarrier.init(dq_full.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    desc = Descriptors(q_desc, k_desc, v_desc, do_desc, dq_desc, lse_desc, delta_desc)
+    desc = Descriptors(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)
     bars = Barriers(
-        k_full, v_full, k_empty, v_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, dq_full, dq_empty
+        k_full, v_full, k_empty, v_empty, q_full, q_empty, do_full, do_empty, ds_full, ds_empty, granted, added
     )  # fmt: skip
-    bufs = Buffers(k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s)
-    ring = make_ring(3)
+    bufs = Buffers(k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s)
+    ring = make_ring(3 if DETERMINISTIC else 2)
     fence_async_shared()
     tiles = gl.load(items + num_tiles * COLUMNS)
     work = Work(ring, items, tiles, tiles * heads, block)
     shared = (desc, bars, bufs, work, padded_total)
     counter = items + num_tiles * COLUMNS + 1
-    outputs = (dk_out, dv_out)
+    outputs = (dk_out, dv_out, dq_sum)
     strides = (dk_row, dk_head, dv_row, dv_head)
     gl.warp_specialize(
         [
-            (_consumer, (shared, outputs, strides, scale, scale_log2, 0, STAGES, CAUSAL, D)),
-            (_consumer, (shared, outputs, strides, scale, scale_log2, 1, STAGES, CAUSAL, D)),
+            (_consumer, (shared, outputs, strides, scale, scale_log2, 0, STAGES, CAUSAL, D, DETERMINISTIC)),
+            (_consumer, (shared, outputs, strides, scale, scale_log2, 1, STAGES, CAUSAL, D, DETERMINISTIC)),
             (_loader, (shared, counter, group, (q_head, do_head, k_head, v_head), STAGES)),
-            (_storer, (shared, D)),
+            (_gate, (shared, turns, CAUSAL, DETERMINISTIC)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -5,7 +5,7 @@ of STAGES buffers. Two *consumers*, warpgroups of 64 query rows each, own the ar
 cores busy (FlashAttention-3, arXiv 2407.08608):
 
 - inside a consumer, the scores of tile i are issued before the product of tile i - 1 with V, which then runs during the
-  softmax of tile i;
+  softmax of tile i (the assembler must be kept from waiting for it before the softmax: `_before_waiting`);
 - between the consumers, a turn token (`turn`) lets their score products alternate: one computes its softmax while
   the other has the tensor cores.
 
@@ -34,6 +34,17 @@ from .schedule import COLUMNS
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # query rows of a consumer
 CONSUMERS = gl.constexpr(2)
+KEYS = 128  # of a tile
+# The layout of a consumer's scores as (ROWS, KEYS / 8, 4, 2): column 8a + 2b + c is (a, b, c), and b is the thread.
+PARTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [8, 0, 0, 0]] + [[0, 2**i, 0, 0] for i in range(4)],
+        lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        warp_bases=[[16, 0, 0, 0], [32, 0, 0, 0]],
+        block_bases=[],
+        shape=[64, KEYS // 8, 4, 2],
+    )
+)
 
 
 class Descriptors(NamedTuple):
@@ -143,6 +154,22 @@ def _softmax(s, m, scale_log2, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _before_waiting(x):
+    """x, nonnegative: made before any wait that stands behind. The assembler would move such a wait up, since nothing
+    that it waits for is needed for x; but it moves no wait over an instruction that sleeps, even never."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred never; setp.lt.f32 never, $1, 0f00000000; @never nanosleep.u32 1; mov.b32 $0, $1; }",
+        "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _row_sums(p):
+    """Sums over the columns that a thread holds of each row: (ROWS, 4), for the four threads of a row."""
+    return gl.sum(gl.sum(gl.convert_layout(p.reshape([ROWS, p.shape[1] // 8, 4, 2]), PARTS), 3), 1)
+
+
+@gluon.jit
 def _masked(s, first, seen, n_k, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, S: gl.constexpr):
     """Scores of keys first ... with those that a row does not see at -inf; row 0 sees `seen` keys if CAUSAL."""
     limit = gl.full([ROWS], 0, gl.int32, layout=gl.SliceLayout(1, S)) + n_k
@@ -165,14 +192,16 @@ def _fold(
     s = _scores(q, bars, bufs, count, CONSUMER, S, BLOCK_N, STAGES)
     p16 = gl.convert_layout(p.to(bufs.v.dtype), P)
     mbarrier.wait(bars.v_full.index(before), ((count - 1) // STAGES) & 1)
-    acc = warpgroup_mma(p16, bufs.v.index(before), acc, is_async=True)
     mbarrier.arrive(bars.turn.index(1 - CONSUMER), count=1)
+    acc = warpgroup_mma(p16, bufs.v.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(bars.k_empty.index(slot), count=1)
     if MASKED:
         s = _masked(s, first, seen, n_k, BLOCK_N, CAUSAL, S)
     p, shrink, m = _softmax(s, m, scale_log2, MASKED)
-    mass = mass * shrink + gl.sum(p, 1)
+    MASS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    mass = mass * gl.expand_dims(gl.convert_layout(shrink, MASS), 1) + _row_sums(p)
+    mass = _before_waiting(mass)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(bars.v_empty.index(before), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
@@ -215,7 +244,7 @@ def _consumer(
         mbarrier.arrive(bars.k_empty.index(count % STAGES), count=1)
         s = _masked(s, (tiles - 1) * BLOCK_N, seen, n_k, BLOCK_N, CAUSAL, S)
         p, _, m = _softmax(s, m, scale_log2, True)
-        mass = gl.sum(p, 1)
+        mass = _row_sums(p)
         for i in range(1, tiles - unmasked):
             acc, mass, m, p = _fold(
                 q, acc, mass, m, p, count + i, bars, bufs, (tiles - 1 - i) * BLOCK_N, seen, n_k, scale_log2,
@@ -234,6 +263,7 @@ def _consumer(
         acc = warpgroup_mma(p16, bufs.v.index(last), acc, is_async=True)
         # Rows that see no key have mass 0 and m = -inf: they give zeros, and lse = -inf.
         index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        mass = gl.convert_layout(gl.sum(mass, 1), gl.SliceLayout(1, S))
         empty = mass == 0.0
         mass = gl.where(empty, 1.0, mass)
         gl.store(lse + head.to(gl.int64) * total + row + index, (m + gl.log2(mass)) * LN2, mask=index < rows)

@@ -4,9 +4,10 @@ Forward (Dao, arXiv 2307.08691): a program owns a tile of queries of one head an
 row the running maximum m, the running sum mass and the unnormalised output; scores exist one tile at a time. Keys that
 every row of the tile sees need no mask, so the walk is two loops: whole tiles, then masked ones.
 
-Backward: P is recomputed from lse. One kernel owns a tile of keys of one key head and walks over the queries of every
-head in its group, for dK and dV; another owns a tile of queries and walks over the keys, for dQ. That is seven products
-where five would do with atomic additions into dQ, and in exchange nothing depends on the order in which programs run.
+Backward: P is recomputed from lse. One kernel owns a tile of keys and walks over the queries of one head, for dK and
+dV; another owns a tile of queries and walks over the keys, for dQ. Seven products, where five would do with atomic
+additions into dQ, and in exchange nothing depends on the order in which programs run. Query heads that share a key head
+leave their parts of dK and dV apart, in fp32, and these are added up afterwards: there would be too few programs else.
 
 The grid for packed documents needs the lengths, which are on the device. Give document d, from row a to row b, the
 tile numbers from a // BLOCK + d on, up to the next document's first: there are b // BLOCK - a // BLOCK + 1 of these,
@@ -16,29 +17,47 @@ program finds its document by bisection, and leaves when its tile lies behind th
 Names: b_ offsets of a document's first row, n_ lengths; tiles are [BLOCK_M, D] of queries and [BLOCK_N, D] of keys.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import interpreting
+from ..dispatch import Launcher, interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def block_sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+# At head_dim 128, fastest first: bytes of shared memory that are needed, BLOCK_M, BLOCK_N, num_stages.
+WIDE_TILES = {
+    "forward": ((229376, 128, 128, 3), (131072, 128, 64, 3), (98304, 128, 64, 2)),
+    "dkdv": ((164864, 64, 128, 3), (98560, 32, 128, 2)),
+    "dq": ((163840, 128, 64, 3), (98304, 128, 32, 2)),
+}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have: 227 KB on Hopper, 163 on A100, 99 on most others."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return 232448
+
+
+def block_sizes(kernel: str, head_dim: int, dtype: torch.dtype, shared: int) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps, num_stages for "forward", "dkdv" or "dq": what fits registers and shared memory."""
     if interpreting():
         m, n, warps, stages = 32, 16, 1, 1  # small, so that short sequences cross tiles
     elif dtype == torch.float32:  # no tensor cores: operands in registers
         m, n, warps, stages = 32, 32, 8, 1
-    elif kernel == "forward":
-        m, n, warps, stages = (128, 64, 4, 3) if head_dim <= 64 else (128, 64, 8, 3)
-    elif kernel == "dkdv":  # at head_dim 128 more rows, or a second unmasked loop, spill registers
-        m, n, warps, stages = (64, 128, 8, 2) if head_dim <= 64 else (32, 128, 8, 2)
+    elif head_dim <= 64:
+        m, n, warps, stages = {"forward": (128, 64, 4, 3), "dkdv": (64, 128, 8, 2), "dq": (128, 64, 8, 2)}[kernel]
     else:
-        m, n, warps, stages = 128, 64, 8, 2
+        tiles = WIDE_TILES[kernel]
+        _, m, n, stages = next((tile for tile in tiles if tile[0] <= shared), tiles[-1])
+        warps = 8
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -54,6 +73,15 @@ def find_document(cu_seqlens, documents, tile, BLOCK: tl.constexpr):
         low = tl.where(behind, low, middle)
         size -= half
     return low
+
+
+@triton.jit
+def _locate(tiles, heads, block):
+    """This program's (tile, head): heads in blocks whose data fit into the L2 cache, and all of a block's first tiles
+    first. If causal, the last programs are then light ones, and the GPU is busy to the end."""
+    heads_before = tl.program_id(0) // (tiles * block) * block
+    within = tl.program_id(0) % (tiles * block)
+    return within // block, (heads_before + within % block).to(tl.int64)
 
 
 @triton.jit
@@ -96,15 +124,15 @@ def _forward_walk(
     return acc, mass, m
 
 
-@triton.jit(do_not_specialize=["documents"])
+@triton.jit(do_not_specialize=["documents", "tiles", "heads", "block"])
 def _forward_kernel(
-    q, k, v, out, lse, cu_q, cu_k, documents, scale,
+    q, k, v, out, lse, cu_q, cu_k, documents, tiles, heads, block, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    tile, head = _locate(tiles, heads, block)
+    tile = tiles - 1 - tile  # if causal, the heaviest first
     document = find_document(cu_q, documents, tile, BLOCK_M)
     b_q = tl.load(cu_q + document)
     n_q = tl.load(cu_q + document + 1) - b_q
@@ -151,30 +179,15 @@ def _forward_kernel(
     tl.store(lse + head * lse_head + position, (m + tl.log2(mass)) * LN2, mask=row < n_q)
 
 
-@triton.jit(do_not_specialize=["total"])
-def _delta_kernel(
-    dout, out, dlse, delta, total, row_stride, head_stride, lse_head, D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """delta (heads, total) = rowsum(dO * O) - dlse; dout and out are contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1).to(tl.int64)
-    at = row[:, None] * row_stride + head * head_stride + tl.arange(0, D)[None, :]
-    mask = row < total
-    o = tl.load(out + at, mask=mask[:, None], other=0.0).to(tl.float32)
-    do = tl.load(dout + at, mask=mask[:, None], other=0.0).to(tl.float32)
-    result = tl.sum(o * do, 1) - tl.load(dlse + head * lse_head + row, mask=mask, other=0.0)
-    tl.store(delta + head * lse_head + row, result, mask=mask)
-
-
-@triton.jit(do_not_specialize=["documents"])
+@triton.jit(do_not_specialize=["documents", "tiles", "heads", "block"])
 def _dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, documents, scale,
+    q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, documents, tiles, heads, block, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, dk_row, dk_head, dv_row, dv_head,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    """dk, dv: of every query head."""
+    tile, head = _locate(tiles, heads, block)
     document = find_document(cu_k, documents, tile, BLOCK_N)
     b_k = tl.load(cu_k + document)
     n_k = tl.load(cu_k + document + 1) - b_k
@@ -188,42 +201,79 @@ def _dkdv_kernel(
     at = tl.arange(0, D)
     in_document = column[:, None] < n_k
     position = (b_k + column).to(tl.int64)
-    k_tile = _load(k + position[:, None] * k_row + kv_head * k_head + at[None, :], in_document, True, UPCAST)
-    v_tile = _load(v + position[:, None] * v_row + kv_head * v_head + at[None, :], in_document, True, UPCAST)
+    k_tile = _load(k + position[:, None] * k_row + head // GROUP * k_head + at[None, :], in_document, True, UPCAST)
+    v_tile = _load(v + position[:, None] * v_row + head // GROUP * v_head + at[None, :], in_document, True, UPCAST)
 
     first = 0  # the first query tile that sees some of the keys
     if CAUSAL:
         first = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M
     row = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
+    q_at = q + head * q_head + (b_q + row) * q_row + at[None, :]
+    dout_at = dout + head * dout_head + (b_q + row) * dout_row + at[None, :]
+    lse_at = lse + head * lse_head + b_q
+    delta_at = delta + head * lse_head + b_q
     dk_tile = tl.zeros((BLOCK_N, D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        q_at = q + head * q_head + (b_q + row) * q_row + at[None, :]
-        dout_at = dout + head * dout_head + (b_q + row) * dout_row + at[None, :]
-        lse_at = lse + head * lse_head + b_q
-        delta_at = delta + head * lse_head + b_q
-        # Rows behind the document's end need no mask: their dO, lse and delta load as zero, and so are their parts.
-        for start in range(first, n_q, BLOCK_M):
-            i = start + tl.arange(0, BLOCK_M)
-            shift = tl.cast(start, tl.int64)
-            q_tile = _load(q_at + shift * q_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
-            lse_i = tl.load(lse_at + i, mask=i < n_q, other=0.0) * LOG2E
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
-            if CAUSAL:
-                lse_i = tl.where(lse_i == -float("inf"), 0.0, lse_i)  # a row that sees nothing
-                s = tl.where(column[:, None] <= i[None, :] + offset, s, -float("inf"))
-            p = tl.exp2(s - lse_i[None, :])
-            dout_tile = _load(dout_at + shift * dout_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
-            dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-            ds = p * (dp - tl.load(delta_at + i, mask=i < n_q, other=0.0)[None, :])
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
-    dk_at = dk + position[:, None] * dk_row + kv_head * dk_head + at[None, :]
-    dv_at = dv + position[:, None] * dv_row + kv_head * dv_head + at[None, :]
+    # One loop, masked throughout: with a second one the accumulators would be moved between registers from one to the
+    # other, and for that the assembler makes every product of the kernel wait for the one before. Rows behind the
+    # document's end: their dO, lse and delta load as zero, and so their parts are zero.
+    for start in range(first, n_q, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        shift = tl.cast(start, tl.int64)
+        q_tile = _load(q_at + shift * q_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
+        lse_i = tl.load(lse_at + i, mask=i < n_q, other=0.0) * LOG2E
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(s - lse_i[None, :])
+        if CAUSAL:  # a row that sees nothing has lse = -inf
+            p = tl.where(column[:, None] - offset <= i[None, :], p, 0.0)
+        dout_tile = _load(dout_at + shift * dout_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
+        dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+        ds = p * (dp - tl.load(delta_at + i, mask=i < n_q, other=0.0)[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    dk_at = dk + position[:, None] * dk_row + head * dk_head + at[None, :]
+    dv_at = dv + position[:, None] * dv_row + head * dv_head + at[None, :]
     tl.store(dk_at, (dk_tile * tl.cast(scale, tl.float32)).to(dk.dtype.element_ty), mask=in_document)
     tl.store(dv_at, dv_tile.to(dv.dtype.element_ty), mask=in_document)
+
+
+@triton.jit(do_not_specialize=["total", "group"])
+def _add_parts_kernel(
+    dk_parts, dv_parts, dk, dv, total, group, dk_row, dk_head, dv_row, dv_head, D: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    kv_head = tl.program_id(1).to(tl.int64)
+    mask = row < total
+    d = tl.arange(0, D)[None, :]
+    at = (row * tl.num_programs(1) + kv_head) * group * D + d
+    dk_sum = tl.zeros((ROWS, D), tl.float32)
+    dv_sum = tl.zeros((ROWS, D), tl.float32)
+    for member in range(group):
+        dk_sum += tl.load(dk_parts + at + member * D, mask=mask, other=0.0)
+        dv_sum += tl.load(dv_parts + at + member * D, mask=mask, other=0.0)
+    tl.store(dk + row * dk_row + kv_head * dk_head + d, dk_sum.to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + row * dv_row + kv_head * dv_head + d, dv_sum.to(dv.dtype.element_ty), mask=mask)
+
+
+_launch_add_parts = Launcher(_add_parts_kernel, num_warps=4)
+
+
+def make_parts(k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Room for the parts of dk and dv that each query head contributes: (total, heads, head_dim), fp32."""
+    dk, dv = torch.empty((2, k.shape[0], heads, k.shape[2]), dtype=torch.float32, device=k.device)
+    return dk, dv
+
+
+def add_parts(dk_parts: Tensor, dv_parts: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """dk and dv (total, kv_heads, head_dim) = the sums of `make_parts` over the query heads of each key head."""
+    total, kv_heads, head_dim = dk.shape
+    strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
+    key = (dk.device, dk.dtype) if not any(stride % 16 for stride in strides) else None
+    _launch_add_parts(
+        (triton.cdiv(total, 16), kv_heads, 1), key, dk_parts, dv_parts, dk, dv, total, dk_parts.shape[1] // kv_heads,
+        *strides, D=head_dim, ROWS=16,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -250,15 +300,15 @@ def _dq_walk(
     return dq
 
 
-@triton.jit(do_not_specialize=["documents"])
+@triton.jit(do_not_specialize=["documents", "tiles", "heads", "block"])
 def _dq_kernel(
-    q, k, v, dout, lse, delta, dq, cu_q, cu_k, documents, scale,
+    q, k, v, dout, out, lse, dlse, delta, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, dq_row, dq_head,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    tile, head = _locate(tiles, heads, block)
+    tile = tiles - 1 - tile  # if causal, the heaviest first
     document = find_document(cu_q, documents, tile, BLOCK_M)
     b_q = tl.load(cu_q + document)
     n_q = tl.load(cu_q + document + 1) - b_q
@@ -277,7 +327,12 @@ def _dq_kernel(
     dout_tile = _load(dout_at, in_document, True, UPCAST)
     lse_row = tl.load(lse + head * lse_head + position, mask=row < n_q, other=0.0) * LOG2E
     lse_row = tl.where(lse_row == -float("inf"), 0.0, lse_row)  # a row that sees nothing
-    delta_row = tl.load(delta + head * lse_head + position, mask=row < n_q, other=0.0)
+    # Delta = rowsum(dO * O) - dlse, which the kernel for dK and dV needs too. out has the strides of dout.
+    out_tile = _load(out + position[:, None] * dout_row + head * dout_head + at[None, :], in_document, True, UPCAST)
+    delta_row = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if dlse is not None:
+        delta_row -= tl.load(dlse + head * lse_head + position, mask=row < n_q, other=0.0)
+    tl.store(delta + head * lse_head + position, delta_row, mask=row < n_q)
 
     column = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
     k_at = k + head // GROUP * k_head + (b_k + column) * k_row + at[None, :]
@@ -305,6 +360,15 @@ def _upcast(x: Tensor) -> bool:
     return interpreting() and x.dtype == torch.bfloat16
 
 
+L2_BYTES = 20 << 20  # of the cache: on Hopper, a part of its 50 MB is copies of what lies in the other half
+
+
+@functools.lru_cache(maxsize=1024)
+def heads_in_cache(heads: int, bytes_per_head: int) -> int:
+    """How many heads are worked on together: as many as divide `heads` and keep their data in the L2 cache."""
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_per_head <= L2_BYTES), default=1)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -312,41 +376,52 @@ def attention(
     total, heads, head_dim = q.shape
     out = torch.empty((total, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    documents = cu_seqlens_q.shape[0] - 1
-    blocks = block_sizes("forward", head_dim, q.dtype)
+    documents, group = cu_seqlens_q.shape[0] - 1, heads // k.shape[1]
+    blocks = block_sizes("forward", head_dim, q.dtype, shared_memory(q.device))
     if total:
-        _forward_kernel[(total // blocks["BLOCK_M"] + documents, heads)](
-            q, k, v, out, lse, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), documents, scale,
+        tiles = total // blocks["BLOCK_M"] + documents
+        block = group * heads_in_cache(k.shape[1], 2 * k.shape[0] * head_dim * k.element_size())
+        _forward_kernel[(tiles * heads,)](
+            q, k, v, out, lse, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+            documents, tiles, heads, block, scale,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             out.stride(0), out.stride(1), total,
-            GROUP=heads // k.shape[1], D=head_dim, CAUSAL=causal, UPCAST=_upcast(q), **blocks,
+            GROUP=group, D=head_dim, CAUSAL=causal, UPCAST=_upcast(q), **blocks,
         )  # fmt: skip
     return out, lse
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, dq: Tensor, dk: Tensor, dv: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool, deterministic: bool,
+    dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """reference.attention_backward, without waiting for the device. dout, dlse, out, lse are contiguous."""
     total, heads, head_dim = q.shape
     kv_heads, documents = k.shape[1], cu_seqlens_q.shape[0] - 1
+    group = heads // kv_heads
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     delta = torch.empty((heads, total), dtype=torch.float32, device=q.device)
-    constants = {"GROUP": heads // kv_heads, "D": head_dim, "CAUSAL": causal, "UPCAST": _upcast(q)}
+    constants = {"GROUP": group, "D": head_dim, "CAUSAL": causal, "UPCAST": _upcast(q)}
     strides = tuple(x.stride(i) for x in (q, k, v, dout) for i in (0, 1))
+    bytes_per_row = 2 * head_dim * q.element_size()  # of K and V, or Q and dO
     if total:
-        _delta_kernel[(triton.cdiv(total, 64), heads)](
-            dout, out, dlse, delta, total, out.stride(0), out.stride(1), total, D=head_dim, BLOCK_M=64, num_warps=4
-        )
-        blocks = block_sizes("dq", head_dim, q.dtype)
-        _dq_kernel[(total // blocks["BLOCK_M"] + documents, heads)](
-            q, k, v, dout, lse, delta, dq, cu_q, cu_k, documents, scale,
+        blocks = block_sizes("dq", head_dim, q.dtype, shared_memory(q.device))
+        tiles = total // blocks["BLOCK_M"] + documents
+        block = group * heads_in_cache(kv_heads, k.shape[0] * bytes_per_row)
+        _dq_kernel[(tiles * heads,)](
+            q, k, v, dout, out, lse, dlse, delta, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
             *strides, total, dq.stride(0), dq.stride(1), **constants, **blocks,
         )  # fmt: skip
     if k.shape[0]:
-        blocks = block_sizes("dkdv", head_dim, q.dtype)
-        _dkdv_kernel[(k.shape[0] // blocks["BLOCK_N"] + documents, kv_heads)](
-            q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, documents, scale,
-            *strides, total, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), **constants, **blocks,
+        blocks = block_sizes("dkdv", head_dim, q.dtype, shared_memory(q.device))
+        tiles = k.shape[0] // blocks["BLOCK_N"] + documents
+        block = heads_in_cache(heads, total * bytes_per_row)
+        dk_parts, dv_parts = (dk, dv) if group == 1 else make_parts(k, heads)
+        part_strides = tuple(x.stride(i) for x in (dk_parts, dv_parts) for i in (0, 1))
+        _dkdv_kernel[(tiles * heads,)](
+            q, k, v, dout, lse, delta, dk_parts, dv_parts, cu_q, cu_k, documents, tiles, heads, block, scale,
+            *strides, total, *part_strides, **constants, **blocks,
         )  # fmt: skip
+        if group > 1:
+            add_parts(dk_parts, dv_parts, dk, dv)

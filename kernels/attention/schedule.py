@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import Launcher
 from .portable import find_document
 
 # Of an item: its first row, and how many rows its document has from there on; then
@@ -48,10 +49,12 @@ def _weigh(
     return document, start, first, length - first, other_start, other, begin, end, weight
 
 
-@triton.jit(do_not_specialize=["documents", "tiles"])
+@triton.jit(
+    do_not_specialize=["documents", "tiles"], do_not_specialize_on_alignment=["cu_own", "cu_other"]
+)  # fmt: skip
 def _schedule_kernel(
     items, cu_own, cu_other, documents, tiles,
-    OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, LIGHTEST: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -66,6 +69,8 @@ def _schedule_kernel(
         existing += tl.sum((heavy > 0).to(tl.int32), 0)
         before = (heavy[None, :] == weight[:, None]) & (rival[None, :] < tile[:, None])
         place += tl.sum((before | (heavy[None, :] > weight[:, None])).to(tl.int32), 1)
+    if LIGHTEST:
+        place = existing - 1 - place
     at = items + place * WIDTH
     mask = weight > 0
     tl.store(at, start + first, mask=mask)
@@ -83,19 +88,23 @@ def _schedule_kernel(
     tl.store(items + tiles * WIDTH + 1, 0, mask=tl.program_id(0) == 0)
 
 
+_launch = Launcher(_schedule_kernel, num_warps=4)
+
+
 def schedule(
-    cu_own: Tensor, cu_other: Tensor, total: int, own: int, other: int, causal: bool, backward: bool
+    cu_own: Tensor, cu_other: Tensor, total: int, own: int, other: int, causal: bool, backward: bool, lightest: bool
 ) -> tuple[Tensor, int]:
     """Tiles of `own` rows that walk over tiles of `other` rows, heaviest first, and an upper bound of how many.
 
-    cu_own, cu_other: int32 (documents + 1,); total: rows on the own side. Returns (bound + 1, COLUMNS) int32, whose
+    cu_own, cu_other: int32 (documents + 1,); total: rows on the own side; lightest: exactly the other way round, so
+    that of two tiles of a document the later one comes first. Returns (bound + 1, COLUMNS) int32, whose
     last row holds how many there are and a counter at 0 (`persistent.py`), and bound.
     """
     documents = cu_own.shape[0] - 1
     tiles = total // own + documents
     items = torch.empty((tiles + 1, COLUMNS.value), dtype=torch.int32, device=cu_own.device)
-    _schedule_kernel[(triton.cdiv(tiles, 128),)](
-        items, cu_own, cu_other, documents, tiles,
-        OWN=own, OTHER=other, CAUSAL=causal, BACKWARD=backward, WIDTH=COLUMNS.value, SIZE=128, num_warps=4,
+    _launch(
+        ((tiles + 127) // 128, 1, 1), (cu_own.device,), items, cu_own, cu_other, documents, tiles,
+        OWN=own, OTHER=other, CAUSAL=causal, BACKWARD=backward, LIGHTEST=lightest, WIDTH=COLUMNS.value, SIZE=128,
     )  # fmt: skip
     return items, tiles

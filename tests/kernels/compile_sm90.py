@@ -49,7 +49,11 @@ def source(kernel, args, kwargs):
     for parameter in kernel.params:
         value, name, at = bound[parameter.name], parameter.name, (parameter.num,)
         aligned = False
-        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
@@ -122,10 +126,11 @@ def run_attention(dtype, head_dim):
     cu = torch.tensor([0, 40, 300], dtype=torch.int32)
     for heads, kv_heads, causal in ((4, 4, True), (4, 2, False)):
         qkv = torch.zeros(300, (heads + 2 * kv_heads) * head_dim, dtype=dtype, requires_grad=True)
-        out = kernels.flash_attn_varlen_qkvpacked_func(
-            qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal
-        )  # fmt: skip
-        out.sum().backward()
+        for deterministic in (False, True):
+            out = kernels.flash_attn_varlen_qkvpacked_func(
+                qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal, deterministic=deterministic
+            )
+            out.sum().backward()
 
 
 def innermost_loops(sass):

@@ -52,13 +52,10 @@ def test_auto(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: "the Hopper kernels need a Hopper GPU")
     assert backend() == "triton"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(dispatch, "hopper_missing", lambda _: None)
     assert backend() == "hopper"
-    monkeypatch.setattr(dispatch, "hopper_missing", lambda _: "this triton has no Gluon for Hopper")
-    assert backend() == "triton"
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "triton is not installed")
     assert backend() == "reference"
     assert not dispatch.use_triton(torch.zeros(1)), "the reference runs CPU tensors, interpreter or not"
@@ -70,11 +67,11 @@ class OnGpu:
 
 def test_hopper_is_chosen_refused_and_missed(monkeypatch):
     monkeypatch.setattr(dispatch, "hopper_missing", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda _: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not dispatch.use_hopper(OnGpu()), "on another GPU nothing is missing"
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        monkeypatch.setattr(dispatch, "_is_hopper", lambda _: True)
         assert dispatch.use_hopper(OnGpu())
         with backend("triton"):
             assert not dispatch.use_hopper(OnGpu())

@@ -12,7 +12,7 @@ import pytest
 
 ATTENTION = "kernels.attention.portable."
 KERNELS = {
-    *(ATTENTION + name for name in ("_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkdv_kernel")),
+    *(ATTENTION + name for name in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_add_parts_kernel")),
     "kernels.norm._forward_kernel", "kernels.norm._backward_kernel", "kernels.rope._kernel",
     "kernels.swiglu._forward_kernel", "kernels.swiglu._backward_kernel", "kernels.loss._cross_entropy_kernel",
 }  # fmt: skip
@@ -66,9 +66,9 @@ def test_compiles_without_spills(head_dim):
         )  # they would not be deterministic
         # cos and sin keep a table on the stack for the reduction of angles beyond 10^5; no position comes near that
         if report["kernel"] != "kernels.rope._kernel":
-            assert report["stack"] == 0, report
-            assert "LDL" not in operations, report
-            assert "STL" not in operations, report
+            # dK and dV take all registers at head_dim 128: a few numbers made once a program lie in local memory
+            assert report["stack"] <= (40 if report["kernel"] == ATTENTION + "_dkdv_kernel" else 0), report
+            assert all(loop["LDL"] + loop["STL"] == 0 for loop in report["loops"]), report
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -79,11 +79,12 @@ def test_attention_uses_the_tensor_cores(head_dim, kernel):
     for report in reports:
         assert report["operations"]["HGMMA"] > 0
         assert report["flags"]["BLOCK_M"] > 16
+        if report["flags"]["CAUSAL"]:
+            assert report["warnings"] == [], "matrix products that wait for each other"
 
 
 HOPPER = "kernels.attention.hopper"
-# Accesses to local memory that the innermost loops may hold.
-MAIN_LOOP = {f"{HOPPER}_forward.forward_kernel": 0, f"{HOPPER}_backward.backward_kernel": 12}
+FORWARD, BACKWARD = f"{HOPPER}_forward.forward_kernel", f"{HOPPER}_backward.backward_kernel"
 
 
 @pytest.mark.network
@@ -93,21 +94,24 @@ def test_hopper_kernels(dtype, head_dim, older):
     reports = compiled(dtype, head_dim, "hopper", older)
     assert {report["version"] == OLDER for report in reports} == {older}
     names = {report["kernel"] for report in reports}
-    assert names == {*MAIN_LOOP, f"{HOPPER}._prepare_kernel", f"{HOPPER}._finish_kernel",
-                     "kernels.attention.schedule._schedule_kernel"}  # fmt: skip
+    assert names == {FORWARD, BACKWARD, f"{HOPPER}._prepare_kernel", f"{HOPPER}._finish_kernel",
+                     ATTENTION + "_add_parts_kernel", "kernels.attention.schedule._schedule_kernel"}  # fmt: skip
     for report in reports:
         assert report["target"] == "sm_90a"
         assert report["shared"] <= 227 * 1024
-        if report["kernel"] not in MAIN_LOOP:
+        if report["kernel"] not in (FORWARD, BACKWARD):
             continue
         # Matrix products that wait for each other, or registers that stay where they are, cost a third of the speed.
         assert report["warnings"] == []
         operations = report["operations"]
         assert operations["UTMALDG"] > 0
         assert operations["USETMAXREG"] > 0
-        assert ("UTMAREDG" in operations) == ("backward" in report["kernel"])
+        assert ("REDG" in operations) == (report["kernel"] == BACKWARD)
         # The innermost loops: masked and unmasked tiles, of both consumers. The backward is short of registers, and
-        # keeps a few numbers of a tile (never a part of a matrix) in local memory.
+        # keeps a few numbers of a tile (never a part of a matrix) in local memory, above all if deterministic.
         assert len(report["loops"]) == 4
-        for loop in report["loops"]:
-            assert loop["LDL"] + loop["STL"] <= MAIN_LOOP[report["kernel"]]
+        spills = [loop["LDL"] + loop["STL"] for loop in report["loops"]]
+        if report["kernel"] == FORWARD:
+            assert max(spills) == 0
+        else:
+            assert max(spills) <= (2 if older and not report["flags"]["DETERMINISTIC"] else 28), spills
