@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
 
 import kernels
 from kernels import reference
@@ -26,6 +27,7 @@ from kernels import reference
 from . import measure
 
 TILE, HEAD_DIM, PACKED_TOTAL = 128, 128, 65536
+SECONDS = 2.0  # of measuring, for one direction of one shape
 BYTES_PER_TOKEN = 2.83  # of Python source in DeepSeek-Coder's tokenizer
 
 
@@ -174,35 +176,62 @@ def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -
     return ((out - exact).norm() / exact.norm()).item()
 
 
-def measure_one(provider: str, shape: Shape) -> dict[str, Any]:
-    """Forward and backward of one provider on one shape; {"failed": reason} for what it cannot do."""
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def with_backend(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with kernels.backend(name):
+            return function()
+
+    return call
+
+
+def measure_together(functions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+    """Times of all functions in interleaved rounds, about SECONDS of them; each has run before."""
+    if not functions:
+        return {}
+    once = sum(cast(float, do_bench(function, warmup=1, rep=1)) for function in functions.values())
+    return measure.interleaved(functions, rounds=max(5, min(60, int(SECONDS * 1e3 / max(once, 1e-3)))))
+
+
+def measure_shape(shape: Shape) -> list[dict[str, Any]]:
+    """Forward and backward of every provider; {"failed": reason} for what one cannot do."""
     torch.manual_seed(0)
     size = (shape.seqlen,) if shape.documents else (shape.batch, shape.seqlen)
     q, k, v = (
         torch.randn(*size, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
-    name = provider if provider in ("hopper", "triton") else "auto"
-    row: dict[str, Any] = {"shape": shape.name, "provider": provider}
-    try:
-        with kernels.backend(name):
-            attend = PROVIDERS[provider](q, k, v, shape)
+    rows: dict[str, dict[str, Any]] = {}
+    forward: dict[str, Callable[[], Any]] = {}
+    backward: dict[str, Callable[[], Any]] = {}
+    for provider, make in PROVIDERS.items():
+        row = rows[provider] = {"shape": shape.name, "provider": provider}
+        name = provider if provider in ("hopper", "triton") else "auto"
+        try:
+            attend = with_backend(name, make(q, k, v, shape))
             with torch.no_grad():
                 row["error"] = relative_error(attend(), q, k, v, shape)
-                row["forward"] = measure.milliseconds(attend) | {"peak_bytes": measure.peak_bytes(attend)}
-            row["forward"]["tflops"] = shape.tflop / row["forward"]["ms"] * 1e3
+                row["forward"] = {"peak_bytes": measure.peak_bytes(attend)}
+            forward[provider] = attend
             out = attend()
             if out.requires_grad:
                 dout = torch.randn_like(out)
-
-                def backward() -> tuple[Tensor, ...]:
-                    return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-                row["backward"] = measure.milliseconds(backward) | {"peak_bytes": measure.peak_bytes(backward)}
-                row["backward"]["tflops"] = 2.5 * shape.tflop / row["backward"]["ms"] * 1e3
-    except Exception as error:  # a peer that is missing or fails is named, not hidden
-        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return row
+                gradients = with_backend(
+                    name, functools.partial(torch.autograd.grad, out, (q, k, v), dout, retain_graph=True)
+                )
+                row["backward"] = {"peak_bytes": measure.peak_bytes(gradients)}
+                backward[provider] = gradients
+        except Exception as error:  # a peer that is missing or fails is named, not hidden
+            row["failed"] = failure(error)
+    with torch.no_grad():
+        for provider, times in measure_together(forward).items():
+            rows[provider]["forward"] |= times | {"tflops": shape.tflop / times["ms"] * 1e3}
+    for provider, times in measure_together(backward).items():
+        rows[provider]["backward"] |= times | {"tflops": 2.5 * shape.tflop / times["ms"] * 1e3}
+    return list(rows.values())
 
 
 def run(out: Path) -> None:
@@ -213,19 +242,18 @@ def run(out: Path) -> None:
     rows = []
     for shape in shapes():
         table = Table("", "forward TFLOP/s", "of matmul", "backward TFLOP/s", "of matmul", "error", title=shape.name)
-        for provider in PROVIDERS:
-            row = measure_one(provider, shape)
+        for row in measure_shape(shape):
             rows.append(row)
             cells = []
             for direction in ("forward", "backward"):
-                value = row.get(direction)
-                cells += [f"{value['tflops']:.0f}", f"{value['tflops'] / ceiling:.0%}"] if value else ["", ""]
+                value = row.get(direction, {}).get("tflops")
+                cells += [f"{value:.0f}", f"{value / ceiling:.0%}"] if value else ["", ""]
             note = row.get("failed", "")[:60] or f"{row['error']:.1e}"
-            table.add_row(provider, *cells, note)
+            table.add_row(row["provider"], *cells, note)
         console.print(table)
         # Written after every shape: a run that is stopped keeps what it has measured.
         measure.write_json(out / "attention.json", facts | {"shapes": [asdict(s) for s in shapes()], "rows": rows})
-    plot(rows, ceiling, facts["gpu"], out / "attention.png")
+        plot(rows, ceiling, facts["gpu"], out / "attention.png")
 
 
 def plot(rows: list[dict[str, Any]], ceiling: float, gpu: str, out: Path) -> None:
@@ -242,7 +270,7 @@ def plot(rows: list[dict[str, Any]], ceiling: float, gpu: str, out: Path) -> Non
             heights = {
                 row["shape"]: row[direction]["tflops"]
                 for row in rows
-                if row["provider"] == provider and direction in row
+                if row["provider"] == provider and "tflops" in row.get(direction, {})
             }
             at = [n + (i - len(measured) / 2) * 0.8 / len(measured) for n in range(len(names))]
             panel.bar(at, [heights.get(name, 0) for name in names], 0.8 / len(measured), label=provider)

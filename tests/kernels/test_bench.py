@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from kernels.bench import attention
-from kernels.bench.attention import Shape, code_lengths, measure_one
+from kernels.bench.attention import Shape, code_lengths, measure_shape
 
 
 def test_work_is_counted_as_everybody_counts_it():
@@ -31,9 +31,9 @@ def test_a_peer_that_fails_is_named(monkeypatch):
     def broken(*_):
         raise ImportError("no such\n  library")
 
-    monkeypatch.setitem(attention.PROVIDERS, "broken", broken)
+    monkeypatch.setattr(attention, "PROVIDERS", {"broken": broken})
     monkeypatch.setattr(attention.torch, "randn", lambda *_, **__: None)
-    row = measure_one("broken", Shape("small", 1, 128, 2, 2))
+    (row,) = measure_shape(Shape("small", 1, 128, 2, 2))
     assert row == {"shape": "small", "provider": "broken", "failed": "ImportError: no such library"}
 
 
@@ -47,8 +47,9 @@ def test_without_a_gpu_it_is_one_line():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("documents", [(), (300, 212)])
-def test_one_measurement(documents):
-    row = measure_one("triton", Shape("small", 1, 512, 2, 2, documents=documents))
+def test_one_measurement(documents, monkeypatch):
+    monkeypatch.setattr(attention, "PROVIDERS", {"triton": attention.ours})
+    (row,) = measure_shape(Shape("small", 1, 512, 2, 2, documents=documents))
     assert "failed" not in row
     assert row["error"] < 1e-2
     for direction in ("forward", "backward"):
