@@ -2,17 +2,33 @@
 
 A DCP folder holds tensors cut into shards, and `.metadata`, a pickle that says where each lies. torch unpickles that
 file freely; here only the classes that describe tensors are let through, so a checkpoint cannot run code.
+
+`open_training` reads shard after shard, whatever the number of GPUs that wrote them, and takes from each the rows of
+the tensor that was asked for: one process, one shard in memory.
 """
 
+import io
 import pickle
-import warnings
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from . import names
+from .checkpoint import Checkpoint, read_tokenizer_files
+from .files import STORED, first_line
+from .huggingface import read_config
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -29,24 +45,38 @@ class Reader(FileSystemReader):
     """torch's reader with a restricted unpickler for `.metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                metadata = _Unpickler(stream, file).load()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file.parent}: not a training checkpoint (no .metadata)") from None
-        except (EOFError, pickle.UnpicklingError, AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"{file}: damaged or refused ({error})") from None
-        if getattr(metadata, "storage_meta", None) is not None:
+        metadata = read_metadata(Path(self.path))
+        if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, file: Path):
-        super().__init__(stream)
-        self.file = file
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of a DCP folder. FileNotFoundError, or ValueError for a file that is damaged or names other code."""
+    file = folder / ".metadata"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: not a training checkpoint (no .metadata)") from None
+    try:
+        _refuse_huge_numbers(content)
+        metadata = _Unpickler(io.BytesIO(content)).load()
+    except (Exception, RecursionError) as error:
+        # A damaged pickle makes its classes fail in any way.
+        raise ValueError(f"{file}: damaged or refused ({str(error)[:160] or type(error).__name__})") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError(f"{file}: damaged or refused (it holds no metadata)")
+    return metadata
 
+
+def _refuse_huge_numbers(content: bytes) -> None:
+    """Python's unpickler allocates what some opcodes ask for before it looks whether there is as much."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError("a memo of impossible size")
+
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
@@ -55,16 +85,113 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-def read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, whole, on the CPU, the prefix removed. Needs no process group."""
-    reader = Reader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        load(state, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+def open_training(folder: str | Path, prefix: str = "model.") -> "TrainingCheckpoint":
+    """Open a training checkpoint: DCP shards with `config.json` and the tokenizer's files beside them.
+
+    The tensors whose names begin with `prefix` are the model. Raises FileNotFoundError or ValueError: one sentence.
+    """
+    return TrainingCheckpoint(Path(folder), prefix)
+
+
+class TrainingCheckpoint(Checkpoint):
+    """A model in a DCP folder; see `Checkpoint`. Of a fused matrix, each Hugging Face tensor is a range of rows."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.source = folder
+        self.config = read_config(folder)
+        self.generation_config = {key: value for key, value in self.config.items() if key.endswith("_token_id")}
+        self._metadata = read_metadata(folder)
+        self._part_of: dict[str, tuple[str, int]] = {}
+        self._shard: tuple[MetadataIndex, Tensor] | None = None
+        self.shapes, self.dtypes, self.stored = {}, {}, {}
+        for name, parts in names.fused(self.config).items():
+            entry = self._entry(prefix + name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+            row = 0
+            for part in parts:
+                self._part_of[part.name] = prefix + name, row
+                self.shapes[part.name], self.dtypes[part.name] = part.shape, entry.properties.dtype
+                self.stored[part.name] = STORED[entry.properties.dtype]
+                row += part.shape[0]
+
+    def _entry(self, name: str, shape: tuple[int, ...]) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata.get(name)
+        where = f"{self.source / '.metadata'}: tensor {name}"
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{where} is missing; config.json and checkpoint belong to different models")
+        if not isinstance(entry.properties, TensorProperties) or entry.properties.dtype not in STORED:
+            raise ValueError(f"{where} is of an unknown type; only float32, float16 and bfloat16 are supported")
+        if tuple(entry.size) != shape:
+            raise ValueError(
+                f"{where} has shape {tuple(entry.size)!s:.80}, but config.json asks for {shape}; they belong to "
+                "different models"
+            )
+        cells = 0
+        for chunk in entry.chunks:
+            corners = zip(chunk.offsets, chunk.sizes, shape, strict=True)
+            if not isinstance(chunk, ChunkStorageMetadata) or not all(
+                0 <= begin <= begin + size <= limit for begin, size, limit in corners
+            ):
+                raise ValueError(f"{where} has a shard outside of it; the file is damaged")
+            cells += chunk.sizes.numel()
+        if cells != torch.Size(shape).numel():
+            raise ValueError(f"{where} has shards of {cells} numbers for a shape {shape}; the file is damaged")
+        return entry
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return read_tokenizer_files(self.source)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted(self.source.glob("*.distcp"))
+
+    def tensor(self, name: str) -> Tensor:
+        """ValueError for a damaged shard."""
+        stored, row = self._part_of[name]
+        shape = self.shapes[name]
+        tensor = torch.empty(shape, dtype=self.dtypes[name])
+        for chunk in self._metadata.state_dict_metadata[stored].chunks:  # type: ignore[union-attr]
+            begin, end = max(chunk.offsets[0], row), min(chunk.offsets[0] + chunk.sizes[0], row + shape[0])
+            if begin < end:
+                rows = self._read(MetadataIndex(stored, chunk.offsets), chunk.sizes, tensor.dtype)
+                # Rows are cut here; the other dimensions are whole in the part and perhaps cut in the shard.
+                columns = tuple(slice(o, o + size) for o, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+                tensor[(slice(begin - row, end - row), *columns)] = rows[
+                    begin - chunk.offsets[0] : end - chunk.offsets[0]
+                ]
+        return tensor
+
+    def _read(self, index: MetadataIndex, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """One shard. The last one is kept: the parts of a fused matrix come one after the other."""
+        if self._shard is not None and self._shard[0] == index:
+            return self._shard[1]
+        self._shard = None
+        info = (self._metadata.storage_data or {}).get(index)
+        where = f"{self.source}: {index.fqn}"
+        if not isinstance(info, _StorageInfo) or not isinstance(info.relative_path, str):
+            raise ValueError(f"{where} has a shard that no file holds; the checkpoint is damaged")
+        # Written by whoever made the checkpoint, so it must not reach other files of this computer.
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"{where} points to {info.relative_path!r:.100}, which is no file of the checkpoint")
+        if info.transform_descriptors:
+            raise ValueError(f"{where} is compressed ({info.transform_descriptors!r:.80}), which is not supported")
+        file = self.source / info.relative_path
+        if not 0 <= info.offset < info.offset + info.length <= file.stat().st_size:
+            raise ValueError(f"{file}: truncated, {index.fqn} ends after the end of the file; use another checkpoint")
+        with file.open("rb") as stream:
+            stream.seek(info.offset)
+            view = io.BytesIO(stream.read(info.length))
+        try:
+            tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # torch raises whatever its parts raise.
+            raise ValueError(
+                f"{file}: the shard of {index.fqn} is damaged ({first_line(error)}); use another checkpoint"
+            ) from None
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{file}: the shard of {index.fqn} is not what .metadata says; use another checkpoint")
+        self._shard = index, tensor
+        return tensor
+
+    def close(self) -> None:
+        self._shard = None

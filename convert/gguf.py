@@ -1,9 +1,8 @@
 """GGUF files, as llama.cpp writes them, behind the same face as a Hugging Face folder.
 
 Two things differ from Hugging Face. Weights may be quantised in blocks; they are expanded to float32 one tensor at a
-time, when asked for. And llama.cpp rotates adjacent pairs of a head's channels (0, 1), (2, 3), ... where Hugging Face
-rotates the two halves (0, D/2), (1, D/2 + 1), ...: its converter reorders the rows of the query and key matrices, and
-here they are put back. Wrong order still gives fluent nonsense, so the tests compare trained weights.
+time, when asked for. And llama.cpp rotates adjacent pairs of a head's channels (`rope.py`): its converter reorders the
+rows of the query and key matrices, and here they are put back. Writing is in `gguf_writer.py`.
 
 The header is read here and not by the `gguf` library: a corrupt count makes that loop for hours, it needs several
 seconds for a large vocabulary, and unquantised files then load without it. The library does the dequantisation.
@@ -21,6 +20,7 @@ from . import names
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check
 from .config import normalise_config
 from .gguf_tokenizer import build_tokenizer_files
+from .rope import to_half_split
 
 _AGAIN = "download it again"
 _STRING, _ARRAY = 8, 9
@@ -84,29 +84,23 @@ class GGUFFile(Checkpoint):
     def weight_files(self) -> list[Path]:
         return [self.source]
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they stand in the file."""
         stored = self._stored[name]
-        raw = self._data[stored.begin : stored.begin + stored.size]
+        return self._data[stored.begin : stored.begin + stored.size]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored, raw = self._stored[name], self.raw(name)
         if stored.kind in _UNQUANTISED:
             # numpy has no bfloat16, so the bits travel as integers.
             bits = torch.from_numpy(raw.view(np.int32 if stored.kind == 0 else np.int16))
             tensor = bits.view(_UNQUANTISED[stored.kind][1]).reshape(stored.shape)
         else:
             tensor = torch.from_numpy(_dequantise(raw, stored, f"{self.source}: tensor {name}"))
-        if name.endswith("q_proj.weight"):
-            return _to_half_split(tensor, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            return _to_half_split(tensor, self.config["num_key_value_heads"])
-        return tensor
+        return to_half_split(name, tensor, self.config)
 
     def close(self) -> None:
         self._data = np.empty(0, np.uint8)
-
-
-def _to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (heads * D, hidden) from adjacent-pair order back to half-split order."""
-    rows, hidden = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
 
 
 def _dequantise(raw: np.ndarray, stored: Stored, what: str) -> np.ndarray:

@@ -347,8 +347,13 @@ def test_wrong_tensors(folder: Path, tiny_config: Any, random_tensors: Any, chan
 
 
 def test_open_checkpoint_refuses_other_files(tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="neither a model folder nor a"):
-        open_checkpoint(tmp_path / "model.pt")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\3\4")
+    for name in ("model.onnx", "pytorch_model.bin"):
+        with pytest.raises(ValueError, match="neither a model folder nor a"):
+            open_checkpoint(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter; give its base model"):
+        open_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_checkpoint(tmp_path / "no.gguf")

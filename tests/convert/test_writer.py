@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert import names, writer
+from convert import names
 from convert.huggingface import open_folder, parse_size, write_folder
 
 Tensors = dict[str, torch.Tensor]
@@ -213,7 +213,9 @@ def test_force_replaces_only_model_folders(tmp_path: Path, tiny_config: Any, ran
     assert (out if content == "file" else out / content).read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "_flush_to_disk", "_move_into_place"])
+@pytest.mark.parametrize(
+    "step", ["writer.save_file", "writer._write_json", "destination.flush_to_disk", "destination.move_into_place"]
+)
 @pytest.mark.parametrize("old", [False, True])
 def test_full_disk_leaves_everything_as_it_was(
     tmp_path: Path, tiny_config: Any, random_tensors: Any, monkeypatch: Any, step: str, old: bool, assert_same: Any
@@ -225,7 +227,7 @@ def test_full_disk_leaves_everything_as_it_was(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, step, full)
+    monkeypatch.setattr(f"convert.{step}", full)
     with pytest.raises(OSError, match=rf"{tmp_path / 'out'}: cannot be written \(No space left.*free some space"):
         write_folder(tmp_path / "out", tiny_config, random_tensors(tiny_config, seed=1).items(), force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if old else [])
