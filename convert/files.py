@@ -108,7 +108,9 @@ class explained:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, OSError) or not isinstance(error, Exception):
+        # What the system refuses names the file; without a name it is a damaged file that asks for the impossible.
+        refused = isinstance(error, OSError) and error.filename is not None
+        if error is None or refused or not isinstance(error, Exception):
             return
         file = self._file
         with file.open("rb") as handle:
