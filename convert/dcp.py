@@ -10,20 +10,16 @@ the tensor that was asked for: one process, one shard in memory.
 import io
 import pickle
 import pickletools
+import re
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from . import names
 from .checkpoint import Checkpoint, read_tokenizer_files
@@ -64,7 +60,7 @@ def read_metadata(folder: Path) -> Metadata:
     except (Exception, RecursionError) as error:
         # A damaged pickle makes its classes fail in any way.
         raise ValueError(f"{file}: damaged or refused ({str(error)[:160] or type(error).__name__})") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+    if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise ValueError(f"{file}: damaged or refused (it holds no metadata)")
     return metadata
 
@@ -93,6 +89,16 @@ def open_training(folder: str | Path, prefix: str = "model.") -> "TrainingCheckp
     return TrainingCheckpoint(Path(folder), prefix)
 
 
+class _Shard(NamedTuple):
+    """A part of a stored tensor: where it lies in the tensor, and in which bytes of which file."""
+
+    offsets: torch.Size
+    sizes: torch.Size
+    file: Path
+    begin: int
+    length: int
+
+
 class TrainingCheckpoint(Checkpoint):
     """A model in a DCP folder; see `Checkpoint`. Of a fused matrix, each Hugging Face tensor is a range of rows."""
 
@@ -100,42 +106,59 @@ class TrainingCheckpoint(Checkpoint):
         self.source = folder
         self.config = read_config(folder)
         self.generation_config = {key: value for key, value in self.config.items() if key.endswith("_token_id")}
-        self._metadata = read_metadata(folder)
+        metadata = read_metadata(folder)
+        self._shards: dict[str, list[_Shard]] = {}
         self._part_of: dict[str, tuple[str, int]] = {}
-        self._shard: tuple[MetadataIndex, Tensor] | None = None
+        self._last: tuple[_Shard, Tensor] | None = None
         self.shapes, self.dtypes, self.stored = {}, {}, {}
         for name, parts in names.fused(self.config).items():
-            entry = self._entry(prefix + name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            try:
+                dtype, self._shards[name] = self._find(metadata, prefix + name, shape)
+            except (AttributeError, TypeError) as error:
+                # Objects of the right classes with wrong contents.
+                raise ValueError(f"{folder / '.metadata'}: damaged at {prefix}{name} ({error!s:.100})") from None
             row = 0
             for part in parts:
-                self._part_of[part.name] = prefix + name, row
-                self.shapes[part.name], self.dtypes[part.name] = part.shape, entry.properties.dtype
-                self.stored[part.name] = STORED[entry.properties.dtype]
+                self._part_of[part.name] = name, row
+                self.shapes[part.name], self.dtypes[part.name] = part.shape, dtype
+                self.stored[part.name] = STORED[dtype]
                 row += part.shape[0]
 
-    def _entry(self, name: str, shape: tuple[int, ...]) -> TensorStorageMetadata:
-        entry = self._metadata.state_dict_metadata.get(name)
+    def _find(self, metadata: Metadata, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, list[_Shard]]:
+        """Dtype and shards of a stored tensor, which together cover its shape."""
+        entry = metadata.state_dict_metadata.get(name)
         where = f"{self.source / '.metadata'}: tensor {name}"
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{where} is missing; config.json and checkpoint belong to different models")
-        if not isinstance(entry.properties, TensorProperties) or entry.properties.dtype not in STORED:
+        if entry.properties.dtype not in STORED:
             raise ValueError(f"{where} is of an unknown type; only float32, float16 and bfloat16 are supported")
         if tuple(entry.size) != shape:
             raise ValueError(
                 f"{where} has shape {tuple(entry.size)!s:.80}, but config.json asks for {shape}; they belong to "
                 "different models"
             )
-        cells = 0
+        shards = []
         for chunk in entry.chunks:
-            corners = zip(chunk.offsets, chunk.sizes, shape, strict=True)
-            if not isinstance(chunk, ChunkStorageMetadata) or not all(
-                0 <= begin <= begin + size <= limit for begin, size, limit in corners
-            ):
+            offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+            inside = (0 <= o <= o + size <= limit for o, size, limit in zip(offsets, sizes, shape, strict=False))
+            if not len(offsets) == len(sizes) == len(shape) or not all(inside):
                 raise ValueError(f"{where} has a shard outside of it; the file is damaged")
-            cells += chunk.sizes.numel()
+            info = metadata.storage_data.get(MetadataIndex(name, offsets))
+            if not isinstance(info, _StorageInfo):
+                raise ValueError(f"{where} has a shard that no file holds; the checkpoint is damaged")
+            # Written by whoever made the checkpoint, so it must not reach other files of this computer.
+            if not re.fullmatch(r"[^/\\:\0]{1,200}", info.relative_path):
+                raise ValueError(f"{where} points to {info.relative_path!r:.100}, which is no file of the checkpoint")
+            if info.transform_descriptors:
+                raise ValueError(f"{where} is compressed ({info.transform_descriptors!r:.80}), which is not supported")
+            shards.append(
+                _Shard(offsets, sizes, self.source / info.relative_path, index(info.offset), index(info.length))
+            )
+        cells = sum(shard.sizes.numel() for shard in shards)
         if cells != torch.Size(shape).numel():
             raise ValueError(f"{where} has shards of {cells} numbers for a shape {shape}; the file is damaged")
-        return entry
+        return entry.properties.dtype, shards
 
     @property
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -148,50 +171,40 @@ class TrainingCheckpoint(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         """ValueError for a damaged shard."""
         stored, row = self._part_of[name]
-        shape = self.shapes[name]
-        tensor = torch.empty(shape, dtype=self.dtypes[name])
-        for chunk in self._metadata.state_dict_metadata[stored].chunks:  # type: ignore[union-attr]
-            begin, end = max(chunk.offsets[0], row), min(chunk.offsets[0] + chunk.sizes[0], row + shape[0])
+        rows = self.shapes[name][0]
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        for shard in self._shards[stored]:
+            top = shard.offsets[0]
+            begin, end = max(top, row), min(top + shard.sizes[0], row + rows)
             if begin < end:
-                rows = self._read(MetadataIndex(stored, chunk.offsets), chunk.sizes, tensor.dtype)
                 # Rows are cut here; the other dimensions are whole in the part and perhaps cut in the shard.
-                columns = tuple(slice(o, o + size) for o, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-                tensor[(slice(begin - row, end - row), *columns)] = rows[
-                    begin - chunk.offsets[0] : end - chunk.offsets[0]
-                ]
+                columns = tuple(slice(o, o + size) for o, size in zip(shard.offsets[1:], shard.sizes[1:], strict=True))
+                part = self._read(shard, stored, tensor.dtype)[begin - top : end - top]
+                tensor[(slice(begin - row, end - row), *columns)] = part
         return tensor
 
-    def _read(self, index: MetadataIndex, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """One shard. The last one is kept: the parts of a fused matrix come one after the other."""
-        if self._shard is not None and self._shard[0] == index:
-            return self._shard[1]
-        self._shard = None
-        info = (self._metadata.storage_data or {}).get(index)
-        where = f"{self.source}: {index.fqn}"
-        if not isinstance(info, _StorageInfo) or not isinstance(info.relative_path, str):
-            raise ValueError(f"{where} has a shard that no file holds; the checkpoint is damaged")
-        # Written by whoever made the checkpoint, so it must not reach other files of this computer.
-        if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{where} points to {info.relative_path!r:.100}, which is no file of the checkpoint")
-        if info.transform_descriptors:
-            raise ValueError(f"{where} is compressed ({info.transform_descriptors!r:.80}), which is not supported")
-        file = self.source / info.relative_path
-        if not 0 <= info.offset < info.offset + info.length <= file.stat().st_size:
-            raise ValueError(f"{file}: truncated, {index.fqn} ends after the end of the file; use another checkpoint")
+    def _read(self, shard: _Shard, name: str, dtype: torch.dtype) -> Tensor:
+        """The last shard is kept: the parts of a fused matrix come one after the other."""
+        if self._last is not None and self._last[0] is shard:
+            return self._last[1]
+        self._last = None
+        file = shard.file
+        if not 0 <= shard.begin < shard.begin + shard.length <= file.stat().st_size:
+            raise ValueError(f"{file}: truncated, {name} ends after the end of the file; use another checkpoint")
         with file.open("rb") as stream:
-            stream.seek(info.offset)
-            view = io.BytesIO(stream.read(info.length))
+            stream.seek(shard.begin)
+            view = io.BytesIO(stream.read(shard.length))
         try:
             tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:
             # torch raises whatever its parts raise.
             raise ValueError(
-                f"{file}: the shard of {index.fqn} is damaged ({first_line(error)}); use another checkpoint"
+                f"{file}: the shard of {name} is damaged ({first_line(error)}); use another checkpoint"
             ) from None
-        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(f"{file}: the shard of {index.fqn} is not what .metadata says; use another checkpoint")
-        self._shard = index, tensor
+        if not isinstance(tensor, Tensor) or tensor.shape != shard.sizes or tensor.dtype != dtype:
+            raise ValueError(f"{file}: the shard of {name} is not what .metadata says; use another checkpoint")
+        self._last = shard, tensor
         return tensor
 
     def close(self) -> None:
-        self._shard = None
+        self._last = None

@@ -142,7 +142,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     names_in: dict[Path, list[str]] = {}
     for name, shard in weight_map.items():
         # A downloaded index must not reach other files of this computer.
-        if not isinstance(shard, str) or re.search(r"[/\\:\0]", shard) or not shard.endswith(suffix):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}", shard) or not shard.endswith(suffix):
             raise ValueError(
                 f"{index}: {name!r:.100} points to {shard!r:.100}, which is no {suffix} file beside it; {_AGAIN}"
             )

@@ -308,7 +308,10 @@ def index_of(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..", 7, "x.bin"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..", 7, "x.bin", "x" * 300 + ".safetensors"],
+)
 def test_index_cannot_point_elsewhere(folder: Path, shard: object) -> None:
     index_of(folder, {"model.norm.weight": shard})
     refused(folder, "model.safetensors.index.json", "model.norm.weight", "no .safetensors file beside it")
