@@ -17,7 +17,6 @@ def open_checkpoint(path: str | Path) -> "Checkpoint":
     Only headers are read. Raises FileNotFoundError or ValueError: one sentence with the path, what is wrong and what to
     do.
     """
-    from .dcp import open_training
     from .gguf import open_gguf
     from .huggingface import open_folder
     from .meta import Consolidated, Llama2C
@@ -35,6 +34,9 @@ def open_checkpoint(path: str | Path) -> "Checkpoint":
             return Llama2C(path)
         raise ValueError(f"{path}: is neither a model folder nor a .gguf file; give the folder that holds config.json")
     if (path / ".metadata").is_file():
+        # Imported here, because torch.distributed takes its time.
+        from .dcp import open_training
+
         return open_training(path)
     if (path / "params.json").is_file() and not (path / "config.json").is_file():
         return Consolidated(path)

@@ -170,9 +170,9 @@ def _finished_shards(folder: Path, resume: str) -> list[Shard]:
     """What progress.json notes, if it belongs to this work and the files are there; they were on the disk before it."""
     try:
         progress = json.loads((folder / _PROGRESS).read_bytes())
-    except (OSError, ValueError):
+        shards = progress["shards"] if progress["resume"] == resume else []
+    except (OSError, ValueError, LookupError, TypeError):
         return []
-    shards = progress["shards"] if progress["resume"] == resume else []
     return shards if all((folder / f"{i}.part").is_file() for i in range(len(shards))) else []
 
 

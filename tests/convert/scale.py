@@ -27,7 +27,7 @@ from convert.checkpoint import Checkpoint
 from convert.config import normalise_config
 from deepseek_coder import ModelConfig
 
-BLOCK = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()
+RANDOM = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
 class Synthetic(Checkpoint):
@@ -50,7 +50,8 @@ class Synthetic(Checkpoint):
 
     def tensor(self, name: str) -> torch.Tensor:
         tensor = torch.empty(math.prod(self.shapes[name]), dtype=torch.bfloat16)
-        block = BLOCK.roll(self._place[name] % len(BLOCK))
+        # A view, because a copy would leave holes in the heap that no real source leaves.
+        block = RANDOM[self._place[name] :]
         for part in tensor.split(len(block)):
             part.copy_(block[: len(part)])
         return tensor.reshape(self.shapes[name])

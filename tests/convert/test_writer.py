@@ -264,7 +264,9 @@ def test_failed_rename_brings_the_old_model_back(
     assert_same(tmp_path / "out", tensors)
 
 
-def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str) -> subprocess.Popen[str]:
+def run_writer(
+    tmp_path: Path, config: dict[str, Any], before: str, during: str, resume: str | None = None
+) -> subprocess.Popen[str]:
     """A process that writes tmp_path/out; `before` runs first, `during` between two tensors late in the stream."""
     body = f"""
         import json, os, resource, signal, sys, time, torch
@@ -278,7 +280,7 @@ def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str)
                     {during}
                 yield name, torch.zeros(shape)
         {before}
-        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True)
+        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True, resume={resume!r})
     """
     command = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path), json.dumps(config)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
@@ -302,6 +304,42 @@ def test_killed_process_leaves_no_destination(
     write_folder(tmp_path / "out", tiny_config, tensors.items())
     assert_same(tmp_path / "out", tensors)
     assert {entry.name for entry in tmp_path.iterdir()} == {"now", "out"}
+
+
+def test_a_killed_process_loses_no_finished_shard(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any
+) -> None:
+    process = run_writer(tmp_path, tiny_config, "pass", "os.kill(os.getpid(), signal.SIGKILL)", resume="work")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    finished = len(json.loads((tmp_path / ".out.tmp" / "progress.json").read_text())["shards"])
+    assert finished > 1
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in random_tensors(tiny_config).items()}
+    made = []
+
+    def stream() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        for name, tensor in zeros.items():
+            yield name, lambda name=name, tensor=tensor: made.append(name) or tensor  # type: ignore[misc]
+
+    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=20_000, resume="work")
+    assert_same(tmp_path / "out", zeros)
+    assert 0 < len(made) < len(zeros)
+    assert set(zeros) - set(made) == {
+        name for i in range(finished) for name in load_file(sorted((tmp_path / "out").glob("*.safetensors"))[i])
+    }
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
+@pytest.mark.parametrize("progress", [b"{", b"[]", b'{"resume": "work"}', b'{"resume": "work", "shards": [{"a": 1}]}'])
+def test_damaged_progress_begins_anew(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any, progress: bytes
+) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "progress.json").write_bytes(progress)
+    tensors = random_tensors(tiny_config)
+    write_folder(tmp_path / "out", tiny_config, tensors.items(), resume="work")
+    assert_same(tmp_path / "out", tensors)
 
 
 @pytest.mark.parametrize("renames, survivor", [(1, "old"), (2, "new")])
