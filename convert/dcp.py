@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from . import names
 from .checkpoint import Checkpoint, read_tokenizer_files
@@ -180,6 +181,9 @@ class TrainingCheckpoint(Checkpoint):
                 # Rows are cut here; the other dimensions are whole in the part and perhaps cut in the shard.
                 columns = tuple(slice(o, o + size) for o, size in zip(shard.offsets[1:], shard.sizes[1:], strict=True))
                 part = self._read(shard, stored, tensor.dtype)[begin - top : end - top]
+                if part.shape == tensor.shape:
+                    # A view, as a copy would be half of a large matrix once more.
+                    return part
                 tensor[(slice(begin - row, end - row), *columns)] = part
         return tensor
 
@@ -191,11 +195,10 @@ class TrainingCheckpoint(Checkpoint):
         file = shard.file
         if not 0 <= shard.begin < shard.begin + shard.length <= file.stat().st_size:
             raise ValueError(f"{file}: truncated, {name} ends after the end of the file; use another checkpoint")
-        with file.open("rb") as stream:
-            stream.seek(shard.begin)
-            view = io.BytesIO(stream.read(shard.length))
         try:
-            tensor = torch.load(view, map_location="cpu", weights_only=True)
+            with file.open("rb") as stream:
+                view = _create_file_view(stream, shard.begin, shard.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
             # torch raises whatever its parts raise.
             raise ValueError(

@@ -27,7 +27,7 @@ def _describe(path: Path) -> list[tuple[str, str]]:
     if (path / "adapter_config.json").is_file():
         return describe_adapter(path)
     folder = path.parent if path.name == "config.json" else path
-    if not (folder / "config.json").is_file() and path.exists():
+    if not (folder / "config.json").is_file():
         with open_checkpoint(path) as checkpoint:
             missing = [] if checkpoint.shapes else ["weights: this file holds a vocabulary only"]
             try:

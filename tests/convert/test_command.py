@@ -203,7 +203,8 @@ def test_existing_destination_and_force(model: Path, tmp_path: Path, command: An
         (["a", "b.gguf", "--to", "huggingface"], "b.gguf: GGUF files end in .gguf"),
         (["a", "b", "--to", "onnx"], "onnx"),
         (["a", "b", "--max-shard-size", "many"], "'many' is not understood"),
-        (["--inspect", "no-such-folder"], "no-such-folder"),
+        (["--inspect", "no-such-folder"], "no-such-folder: no such folder"),
+        (["--inspect", "no-such.gguf"], "no-such.gguf: no such file"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, monkeypatch: Any, command: Any, arguments: list[str], named: str) -> None:
