@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,19 +61,21 @@ def test_every_released_shape(tmp_path: Path, name: str) -> None:
 @pytest.mark.large
 @pytest.mark.timeout(1800)
 def test_real_write_of_6_7b(tmp_path: Path) -> None:
-    """13.5 GB on a real disk, compared with a plain copy to the same disk and with what the sink saw."""
+    """13.5 GB on a real disk: as fast as making them and writing as many bytes plainly, and the bytes are right."""
     report = scale("deepseek-coder-6.7b-base", tmp_path / "out")
     assert report["shards"] == 3
-    begin = time.monotonic()
-    plain = tmp_path / "plain"
-    command = ["dd", "if=/dev/zero", f"of={plain}", "bs=16M", f"count={report['bytes'] // 2**24}", "conv=fsync"]
-    subprocess.run(command, check=True, capture_output=True)
-    seconds = time.monotonic() - begin
-    plain.unlink()
-    print(f"{report['bytes'] / report['seconds'] / 1e9:.2f} GB/s, the disk {report['bytes'] / seconds / 1e9:.2f} GB/s")
-    digests = scale("deepseek-coder-6.7b-base", tmp_path / "sink", "--sink")["digests"]
+    block, begin = os.urandom(2**24), time.monotonic()
+    with (tmp_path / "plain").open("wb", buffering=0) as file:
+        for _ in range(report["bytes"] // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    plain = time.monotonic() - begin
+    (tmp_path / "plain").unlink()
+    sink = scale("deepseek-coder-6.7b-base", tmp_path / "sink", "--sink")
+    print(f"written in {report['seconds']} s, made and hashed in {sink['seconds']} s, plain writing {plain:.1f} s")
+    digests = sink["digests"]
     with open_folder(tmp_path / "out") as folder:
         for name, digest in digests.items():
             raw = folder.tensor(name).reshape(-1).view(torch.uint8).numpy()
             assert hashlib.sha256(memoryview(raw)).hexdigest() == digest, name
-    assert report["seconds"] < 3 * seconds
+    assert report["seconds"] < 1.5 * (sink["seconds"] + plain)
