@@ -102,7 +102,8 @@ class Consolidated(_Meta):
         # Buffers that are computed from the config.
         computed = ("rope.freqs", "freqs_cos", "freqs_sin", "freqs_cis")
         self._parts = [{n: t for n, t in part.items() if n not in computed} for part in self._parts]
-        for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        head = [name for name in ("output.weight",) if name in self._parts[0]]
+        for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", *head):
             for part, file in zip(self._parts, self.weight_files, strict=True):
                 if name not in part or part[name].ndim != 2:
                     raise ValueError(f"{file}: has no matrix {name}; this is no Llama checkpoint of Meta's form")
@@ -129,12 +130,11 @@ class Consolidated(_Meta):
         embedding, head = self._parts[0]["tok_embeddings.weight"], self._parts[0].get("output.weight")
         # The file of a tied model holds the same tensor twice, or once.
         tied = head is None or head.data_ptr() == embedding.data_ptr()
+        vocab = embedding.shape[0] if tied else sum(part["output.weight"].shape[0] for part in self._parts)
         return normalise_config(
             {
                 "model_type": "llama",
-                "vocab_size": embedding.shape[0]
-                if tied
-                else sum(part["output.weight"].shape[0] for part in self._parts),
+                "vocab_size": vocab,
                 "hidden_size": params.get("dim"),
                 "intermediate_size": sum(part["layers.0.feed_forward.w1.weight"].shape[0] for part in self._parts),
                 "num_hidden_layers": params.get("n_layers"),
