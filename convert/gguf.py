@@ -104,26 +104,29 @@ class GGUFFile(Checkpoint):
 
 
 def _dequantise(raw: np.ndarray, stored: Stored, what: str) -> np.ndarray:
-    quants = _library().quants
+    quants = library().quants
     try:
-        kind = _library().GGMLQuantizationType(stored.kind)
+        kind = library().GGMLQuantizationType(stored.kind)
         # The library wants rows of blocks, one row of bytes for each row of the matrix.
         return quants.dequantize(np.asarray(raw).reshape(*stored.shape[:-1], -1), kind)
     except NotImplementedError:
         raise ValueError(f"{what} is stored as {_kind_name(stored.kind)}, which cannot be expanded; use Q8_0") from None
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The gguf package, for quantised files and for writing. ValueError where it is not installed."""
     try:
         import gguf
         import gguf.quants
     except ImportError:
-        raise ValueError("quantised GGUF files need the gguf package: pip install gguf") from None
+        raise ValueError(
+            "writing GGUF files and reading quantised ones needs the gguf package: pip install gguf"
+        ) from None
     return gguf
 
 
 def _kind_name(kind: int) -> str:
-    return _UNQUANTISED[kind][0] if kind in _UNQUANTISED else _library().GGMLQuantizationType(kind).name
+    return _UNQUANTISED[kind][0] if kind in _UNQUANTISED else library().GGMLQuantizationType(kind).name
 
 
 class _Header:
@@ -182,10 +185,10 @@ class _Header:
         if kind in _UNQUANTISED:
             block, block_bytes = 1, _UNQUANTISED[kind][1].itemsize
         else:
-            library = _library()
-            if kind not in [known.value for known in library.GGMLQuantizationType]:
+            gguf = library()
+            if kind not in [known.value for known in gguf.GGMLQuantizationType]:
                 raise ValueError(f"{self._path}: tensor {name} has unknown type {kind}; update the gguf package")
-            block, block_bytes = library.GGML_QUANT_SIZES[library.GGMLQuantizationType(kind)]
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         elements = 1
         for size in shape:
             elements *= size

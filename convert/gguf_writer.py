@@ -14,6 +14,7 @@ from . import names
 from .checkpoint import cast
 from .config import normalise_config
 from .destination import new_file, writing
+from .gguf import library
 from .gguf_tokenizer import tokenizer_metadata
 from .rope import to_adjacent_pairs
 
@@ -42,8 +43,7 @@ def write_gguf(
 
     Raises FileExistsError, OSError, and ValueError for what a GGUF file cannot hold; nothing is left after an error.
     """
-    import gguf
-
+    gguf = library()
     config = normalise_config(config, "config of the model to write")
     metadata: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
     if tokenizer_files:
@@ -81,8 +81,7 @@ def write_gguf(
 
 def encode(name: str, tensor: torch.Tensor, config: dict[str, Any], kind: str) -> np.ndarray:
     """The bytes of Hugging Face tensor `name` as they stand in a GGUF file of this kind, as a numpy array."""
-    import gguf.quants
-
+    gguf = library()
     tensor = to_adjacent_pairs(name, tensor.detach().cpu(), config)
     stored = _stored(tuple(tensor.shape), kind)
     if stored == "Q8_0":
