@@ -51,7 +51,9 @@ READER = """
         path, kind, main = line.rstrip("\\n").split("\\t")
         faulthandler.dump_traceback_later(20, exit=True)
         try:
-            if kind == "adapter":
+            if kind == "guard":
+                Path(path).write_bytes(bytes(2**30) if main == "memory" else b"")
+            elif kind == "adapter":
                 open_adapter(path, config)
             else:
                 with open_checkpoint(path) as checkpoint:
@@ -203,6 +205,13 @@ def test_damaged_files(sources: Any, tmp_path: Path, tiny_config: Any, monkeypat
     reader = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert reader.stdin is not None
     assert reader.stdout is not None
+    # The guards themselves.
+    for guarded, expected in (("memory", "ESCAPED MemoryError"), ("write", "EXECUTED open")):
+        reader.stdin.write(f"{tmp_path / 'guard'}\tguard\t{guarded}\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline().startswith(expected)
+    assert not (tmp_path / "guard").exists()
+    reader.stdout.readline()
     dice, kinds, outcomes = random.Random(5), sorted(sources), dict.fromkeys(sources, 0)
     for i in range(COUNT):
         kind = kinds[i % len(kinds)]
