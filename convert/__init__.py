@@ -12,16 +12,34 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(path: str | Path) -> "Checkpoint":
-    """Open a Hugging Face folder or a .gguf file; only headers are read.
+    """Open a Hugging Face folder, a .gguf file, a training checkpoint, or Meta's or llama2.c's weights.
 
-    Raises FileNotFoundError or ValueError: one sentence with the path, what is wrong and what to do.
+    Only headers are read. Raises FileNotFoundError or ValueError: one sentence with the path, what is wrong and what to
+    do.
     """
     from .gguf import open_gguf
     from .huggingface import open_folder
+    from .meta import Consolidated, Llama2C
 
     path = Path(path)
     if path.suffix == ".gguf" and not path.is_dir():
         return open_gguf(path)
     if path.is_file():
+        with path.open("rb") as file:
+            # A single pickled shard ends like a file of llama2.c and is a zip archive or begins as a pickle.
+            pickled = file.read(2) in (b"PK", b"\x80\x02")
+        if path.suffix in (".pt", ".pth"):
+            return Consolidated(path)
+        if path.suffix == ".bin" and not pickled:
+            return Llama2C(path)
         raise ValueError(f"{path}: is neither a model folder nor a .gguf file; give the folder that holds config.json")
+    if (path / ".metadata").is_file():
+        # Imported here, because torch.distributed takes its time.
+        from .dcp import open_training
+
+        return open_training(path)
+    if (path / "params.json").is_file() and not (path / "config.json").is_file():
+        return Consolidated(path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: is a LoRA adapter; give its base model, and the adapter with --merge-adapter")
     return open_folder(path)

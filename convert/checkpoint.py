@@ -71,6 +71,22 @@ class Checkpoint(ABC):
         self.close()
 
 
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """File name -> content, for those of `TOKENIZER_FILES` that a folder holds."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, rounded to nearest. ValueError if float16, whose range is small, cannot hold it."""
+    if dtype == tensor.dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    # Infinite weights would give NaN much later.
+    if dtype is torch.float16 and max(map(abs, converted.aminmax())) == torch.inf:
+        raise ValueError(f"tensor {name} has values that float16 cannot hold; use --dtype bfloat16 or float32")
+    return converted
+
+
 def check(checkpoint: Checkpoint) -> None:
     """Compare names and shapes with what the config says; ValueError names the first tensor that differs."""
     expected = names.huggingface(checkpoint.config)

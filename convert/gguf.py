@@ -1,9 +1,8 @@
 """GGUF files, as llama.cpp writes them, behind the same face as a Hugging Face folder.
 
 Two things differ from Hugging Face. Weights may be quantised in blocks; they are expanded to float32 one tensor at a
-time, when asked for. And llama.cpp rotates adjacent pairs of a head's channels (0, 1), (2, 3), ... where Hugging Face
-rotates the two halves (0, D/2), (1, D/2 + 1), ...: its converter reorders the rows of the query and key matrices, and
-here they are put back. Wrong order still gives fluent nonsense, so the tests compare trained weights.
+time, when asked for. And llama.cpp rotates adjacent pairs of a head's channels (`rope.py`): its converter reorders the
+rows of the query and key matrices, and here they are put back. Writing is in `gguf_writer.py`.
 
 The header is read here and not by the `gguf` library: a corrupt count makes that loop for hours, it needs several
 seconds for a large vocabulary, and unquantised files then load without it. The library does the dequantisation.
@@ -21,6 +20,7 @@ from . import names
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check
 from .config import normalise_config
 from .gguf_tokenizer import build_tokenizer_files
+from .rope import to_half_split
 
 _AGAIN = "download it again"
 _STRING, _ARRAY = 8, 9
@@ -84,52 +84,49 @@ class GGUFFile(Checkpoint):
     def weight_files(self) -> list[Path]:
         return [self.source]
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they stand in the file."""
         stored = self._stored[name]
-        raw = self._data[stored.begin : stored.begin + stored.size]
+        return self._data[stored.begin : stored.begin + stored.size]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored, raw = self._stored[name], self.raw(name)
         if stored.kind in _UNQUANTISED:
             # numpy has no bfloat16, so the bits travel as integers.
             bits = torch.from_numpy(raw.view(np.int32 if stored.kind == 0 else np.int16))
             tensor = bits.view(_UNQUANTISED[stored.kind][1]).reshape(stored.shape)
         else:
             tensor = torch.from_numpy(_dequantise(raw, stored, f"{self.source}: tensor {name}"))
-        if name.endswith("q_proj.weight"):
-            return _to_half_split(tensor, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            return _to_half_split(tensor, self.config["num_key_value_heads"])
-        return tensor
+        return to_half_split(name, tensor, self.config)
 
     def close(self) -> None:
         self._data = np.empty(0, np.uint8)
 
 
-def _to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (heads * D, hidden) from adjacent-pair order back to half-split order."""
-    rows, hidden = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, hidden).transpose(1, 2).reshape(rows, hidden)
-
-
 def _dequantise(raw: np.ndarray, stored: Stored, what: str) -> np.ndarray:
-    quants = _library().quants
+    quants = library().quants
     try:
-        kind = _library().GGMLQuantizationType(stored.kind)
+        kind = library().GGMLQuantizationType(stored.kind)
         # The library wants rows of blocks, one row of bytes for each row of the matrix.
         return quants.dequantize(np.asarray(raw).reshape(*stored.shape[:-1], -1), kind)
     except NotImplementedError:
         raise ValueError(f"{what} is stored as {_kind_name(stored.kind)}, which cannot be expanded; use Q8_0") from None
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The gguf package, for quantised files and for writing. ValueError where it is not installed."""
     try:
         import gguf
         import gguf.quants
     except ImportError:
-        raise ValueError("quantised GGUF files need the gguf package: pip install gguf") from None
+        raise ValueError(
+            "writing GGUF files and reading quantised ones needs the gguf package: pip install gguf"
+        ) from None
     return gguf
 
 
 def _kind_name(kind: int) -> str:
-    return _UNQUANTISED[kind][0] if kind in _UNQUANTISED else _library().GGMLQuantizationType(kind).name
+    return _UNQUANTISED[kind][0] if kind in _UNQUANTISED else library().GGMLQuantizationType(kind).name
 
 
 class _Header:
@@ -188,10 +185,10 @@ class _Header:
         if kind in _UNQUANTISED:
             block, block_bytes = 1, _UNQUANTISED[kind][1].itemsize
         else:
-            library = _library()
-            if kind not in [known.value for known in library.GGMLQuantizationType]:
+            gguf = library()
+            if kind not in [known.value for known in gguf.GGMLQuantizationType]:
                 raise ValueError(f"{self._path}: tensor {name} has unknown type {kind}; update the gguf package")
-            block, block_bytes = library.GGML_QUANT_SIZES[library.GGMLQuantizationType(kind)]
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         elements = 1
         for size in shape:
             elements *= size

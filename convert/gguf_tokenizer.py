@@ -1,14 +1,17 @@
-"""tokenizer.json from the vocabulary in a GGUF file.
+"""tokenizer.json <-> the vocabulary in a GGUF file.
 
 A GGUF file lists the tokens, their types and the BPE merges, but of the rules that cut text into words before the
 merges apply it keeps only a name. The table below gives the rules behind the names; guessing them would give a
-tokenizer that is right for most text and wrong for some, so an unknown name is refused.
+tokenizer that is right for most text and wrong for some, so an unknown name, and rules without a name, are refused.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-_CONTROL, _UNUSED, _NORMAL = 3, 5, 1
+_CONTROL, _USER_DEFINED, _UNUSED, _NORMAL = 3, 4, 5, 1
+# llama.cpp infills with these; its names for them are those of the OpenAI paper's prefix-suffix-middle order.
+_FIM = {"fim_pre": "<｜fim▁begin｜>", "fim_suf": "<｜fim▁hole｜>", "fim_mid": "<｜fim▁end｜>"}
 
 # Code points of the DeepSeek-LLM letter class, a fixed list of cased letters. It stays a list of numbers and becomes
 # escapes in the pattern: some of these characters (U+2126, U+212A, U+1FBE) change when text is normalised.
@@ -188,6 +191,78 @@ def _tokenizer_config(metadata: dict[str, Any], tokens: list[str], pre: str, sou
     if isinstance(metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return config
+
+
+def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int, source: str) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a GGUF file for a Hugging Face tokenizer; the inverse of `build_tokenizer_files`.
+
+    `vocab_size` rows of the embedding; those without a token get fillers `[PADn]`, as llama.cpp's converter names them.
+    Raises ValueError, one line beginning with `source`, for anything but byte-level BPE with word rules of the table.
+    """
+    if "tokenizer.json" not in files:
+        raise ValueError(f"{source}: has no tokenizer.json, the only form of tokenizer that can go into a GGUF file")
+    content = _object(files["tokenizer.json"], f"{source}: tokenizer.json")
+    settings = _object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json")
+    where = f"{source}: tokenizer.json"
+    try:
+        model = content["model"]
+        if model["type"] != "BPE":
+            raise ValueError(
+                f"{where}: model {model['type']!r:.80} cannot go into a GGUF file, only byte-level BPE can"
+            )
+        types = {i: (token, _NORMAL) for token, i in model["vocab"].items()}
+        for added in content["added_tokens"]:
+            types[added["id"]] = (added["content"], _CONTROL if added["special"] else _USER_DEFINED)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        pre = _name_of_rules(content["pre_tokenizer"], where)
+        if any(not isinstance(i, int) or not 0 <= i < vocab_size for i in types):
+            raise ValueError(
+                f"{where}: has ids above {vocab_size - 1}, the last row of the embedding; download it again"
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: is no tokenizer ({type(error).__name__}: {error}); download it again") from None
+    rows = [types.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(vocab_size)]
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [token for token, _ in rows],
+        "tokenizer.ggml.token_type": [kind for _, kind in rows],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": settings.get("add_bos_token") is True,
+        "tokenizer.ggml.add_eos_token": settings.get("add_eos_token") is True,
+    }
+    ids = {token: i for i, (token, _) in enumerate(rows)}
+    for key, role in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        token = settings.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in ids:
+            metadata[f"tokenizer.ggml.{key}_token_id"] = ids[token]
+    metadata |= {f"tokenizer.ggml.{key}_token_id": ids[token] for key, token in _FIM.items() if token in ids}
+    template = files["chat_template.jinja"].decode("utf-8", "replace") if "chat_template.jinja" in files else None
+    template = template or settings.get("chat_template")
+    if isinstance(template, str):
+        metadata["tokenizer.chat_template"] = template
+    return metadata
+
+
+def _name_of_rules(rules: Any, where: str) -> str:
+    steps = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
+    for name, known in PRE_TOKENIZERS.items():
+        if steps == known:
+            return name
+    raise ValueError(
+        f"{where}: its word rules have no name in GGUF files; only those of {', '.join(PRE_TOKENIZERS)} can be written"
+    )
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: is no JSON object; download it again")
+    return content
 
 
 def _encode(content: dict[str, Any]) -> bytes:

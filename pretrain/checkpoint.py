@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from convert.dcp import Reader, read
+from convert.dcp import Reader
 from deepseek_coder.config import ModelConfig
 from deepseek_coder.model import Decoder
 from deepseek_coder.tokenizer import Tokenizer
@@ -91,12 +91,6 @@ def restore(checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer) 
     for state in optimizer.state.values():
         state["step"].fill_(step)
     return step
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights, whole, on the CPU. Raises ValueError for a damaged checkpoint."""
-    with _damage_named(checkpoint):
-        return read(checkpoint, "model.")
 
 
 def _compare(checkpoint: Path, config: ModelConfig) -> None:

@@ -4,7 +4,6 @@ Run it as `python -m pretrain train RECIPE.toml`, or under torchrun for several 
 goes on from its newest checkpoint when it is started again with the same recipe.
 """
 
-import json
 import math
 import os
 import time
@@ -22,8 +21,6 @@ from convert.names import fused
 from convert.writer import write_folder
 from deepseek_coder.config import ModelConfig
 from deepseek_coder.model import Decoder
-from deepseek_coder.tokenizer import Tokenizer
-from deepseek_coder.weights import split_weights
 
 from . import checkpoint, metrics, optimizer, parallel
 from .dataset import Window, Windows, join_windows, load_windows
@@ -243,11 +240,6 @@ def export(run: str | Path, out: str | Path, force: bool = False) -> None:
     newest = checkpoint.latest(Path(run))
     if newest is None:
         raise FileNotFoundError(f"{run}: no checkpoint in it; train first, or name the run's folder")
-    config = json.loads((newest / "config.json").read_text())
-    write_folder(
-        out,
-        config,
-        split_weights(ModelConfig.from_dict(config), checkpoint.weights(newest)),
-        tokenizer_files=Tokenizer.load(newest).files,
-        force=force,
-    )
+    with open_checkpoint(newest) as source:
+        tensors = ((name, source.tensor(name)) for name in source.shapes)
+        write_folder(out, source.config, tensors, tokenizer_files=source.tokenizer_files, force=force)

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,3 +130,89 @@ def assert_same() -> Callable[[Path, dict[str, torch.Tensor]], None]:
                 assert torch.equal(ours, tensor), name
 
     return check
+
+
+@pytest.fixture(scope="session")
+def llama2c() -> SimpleNamespace:
+    """Random models in Meta's form: `params` (two layers, 4 heads), `make()` and `write()` for llama2.c's files."""
+    return SimpleNamespace(params=PARAMS, make=make_meta_tensors, write=write_llama2c)
+
+
+DIM, HIDDEN, LAYERS, HEADS, VOCAB, LENGTH = 32, 48, 2, 4, 64, 16
+PARAMS = {
+    "dim": DIM,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "vocab_size": VOCAB,
+    "norm_eps": 1e-5,
+    "max_seq_len": LENGTH,
+}
+
+
+def make_meta_tensors(kv_heads: int = 2, tied: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    kv = DIM // HEADS * kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB, DIM), "norm.weight": (DIM,)}
+    for i in range(LAYERS):
+        shapes |= {
+            f"layers.{i}.attention.{name}.weight": (n, DIM)
+            for name, n in zip(("wq", "wk", "wv", "wo"), (DIM, kv, kv, DIM), strict=True)
+        }
+        shapes |= {f"layers.{i}.feed_forward.{name}.weight": (HIDDEN, DIM) for name in ("w1", "w3")}
+        shapes |= {f"layers.{i}.feed_forward.w2.weight": (DIM, HIDDEN)}
+        shapes |= {f"layers.{i}.{name}.weight": (DIM,) for name in ("attention_norm", "ffn_norm")}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    head = tensors["tok_embeddings.weight"] if tied else torch.randn(VOCAB, DIM, generator=generator)
+    return tensors | {"output.weight": head}
+
+
+def write_llama2c(
+    path: Path, t: dict[str, torch.Tensor], version: int, tied: bool, group: int = 16
+) -> dict[str, torch.Tensor]:
+    """llama2.c's export.py, versions 0, 1 and 2; returns the tensors as they are worth after quantisation."""
+    layer = {
+        name: [t[f"layers.{i}.{name}.weight"] for i in range(LAYERS)]
+        for name in (
+            *(f"attention.{part}" for part in ("wq", "wk", "wv", "wo")),
+            *(f"feed_forward.{part}" for part in ("w1", "w2", "w3")),
+            "attention_norm",
+            "ffn_norm",
+        )
+    }
+    matrices = [tensor for name, tensors in layer.items() if "norm" not in name for tensor in tensors]
+    attention, mlp = matrices[: 4 * LAYERS], matrices[4 * LAYERS :]
+    head = [] if tied else [t["output.weight"]]
+    vocab = -VOCAB if version == 0 and not tied else VOCAB
+    sizes = struct.pack("<7i", DIM, HIDDEN, LAYERS, HEADS, 2, vocab, LENGTH)
+    worth = dict(t)
+    with path.open("wb") as file:
+
+        def floats(*tensors: torch.Tensor) -> None:
+            for tensor in tensors:
+                file.write(tensor.numpy().astype("<f4").tobytes())
+
+        if version == 0:
+            file.write(sizes)
+            floats(t["tok_embeddings.weight"], *layer["attention_norm"], *attention, *layer["ffn_norm"], *mlp)
+            floats(
+                t["norm.weight"], torch.ones(LENGTH, DIM // HEADS // 2), torch.ones(LENGTH, DIM // HEADS // 2), *head
+            )
+            return worth
+        header = struct.pack("<Ii", 0x616B3432, version) + sizes + struct.pack("<B", tied)
+        header += struct.pack("<i", group) if version == 2 else b""
+        file.write(header.ljust(256, b"\0"))
+        floats(*layer["attention_norm"], *layer["ffn_norm"], t["norm.weight"])
+        for tensor in [t["tok_embeddings.weight"], *attention, *mlp, *head]:
+            if version == 1:
+                floats(tensor)
+                continue
+            groups = tensor.reshape(-1, group)
+            scale = groups.abs().amax(1) / 127
+            numbers = torch.round(groups / scale[:, None]).to(torch.int8)
+            file.write(numbers.numpy().tobytes())
+            floats(scale)
+            name = next(name for name, other in t.items() if other is tensor)
+            worth[name] = (numbers.float() * scale[:, None]).reshape(tensor.shape)
+    if tied:
+        worth["output.weight"] = worth["tok_embeddings.weight"]
+    return worth

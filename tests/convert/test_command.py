@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import convert.destination
 from convert import writer
 from convert.__main__ import app
 from convert.command import run
-from convert.huggingface import open_folder
+from convert.huggingface import HuggingFaceFolder, open_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +69,116 @@ def test_converts_a_folder(model: Path, tmp_path: Path, command: Any, tiny_confi
             assert torch.equal(checkpoint.tensor(name), tensor.bfloat16())
 
 
+def test_model_card(model: Path, tmp_path: Path, command: Any) -> None:
+    assert command(model, tmp_path / "out", "--dtype", "float16")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("library_name: transformers", "# out", "from `model`, stored as F32 (21 tensors)", "as float16"):
+        assert text in card
+    assert f"- model.safetensors, {(model / 'model.safetensors').stat().st_size:,} bytes" in card
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16", "q8_0"])
+def test_gguf_and_back(
+    model: Path, tmp_path: Path, command: Any, tiny_config: Any, random_tensors: Any, dtype: str | None
+) -> None:
+    (model / "tokenizer.json").unlink()
+    options = ["--dtype", dtype] if dtype else []
+    code, stdout, stderr = command(model, tmp_path / "m.gguf", *options, "--verify")
+    assert (code, stdout.splitlines()) == (
+        0,
+        [f"{tmp_path / 'm.gguf'}: 21 tensors written", f"{tmp_path / 'm.gguf'}: 21 tensors verified"],
+    )
+    assert stderr == "warning: a GGUF file without vocabulary runs on token ids only\n"
+    assert_one_error(command(model, tmp_path / "m.gguf"), "--force")
+    code, stdout, stderr = command(tmp_path / "m.gguf", tmp_path / "back", "--verify")
+    assert (code, stdout.splitlines()[1:]) == (0, [f"{tmp_path / 'back'}: 21 tensors verified"])
+    assert "written without tokenizer" in stderr
+    with open_folder(tmp_path / "back") as checkpoint:
+        assert checkpoint.generation_config["eos_token_id"] == [2, 3]
+        for name, tensor in random_tensors(tiny_config).items():
+            if tensor.ndim == 1 or dtype is None:
+                assert torch.equal(checkpoint.tensor(name), tensor)
+            elif dtype != "q8_0":
+                assert torch.equal(checkpoint.tensor(name), tensor.to(getattr(torch, dtype)))
+            else:
+                assert (checkpoint.tensor(name) - tensor).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("destination", ["out", "out.gguf"])
+def test_verify_finds_a_wrong_byte(
+    model: Path, tmp_path: Path, command: Any, monkeypatch: Any, destination: str
+) -> None:
+    (model / "tokenizer.json").unlink()
+    flush = convert.destination.flush_to_disk
+
+    def damage(file: Path) -> None:
+        flush(file)
+        if file.name in ("model.safetensors", ".out.gguf.tmp"):
+            content = bytearray(file.read_bytes())
+            content[-5] ^= 1
+            file.write_bytes(content)
+
+    monkeypatch.setattr("convert.destination.flush_to_disk", damage)
+    code, stdout, stderr = command(model, tmp_path / destination, "--verify")
+    assert (code, "verified" in stdout) == (2, False)
+    assert "differs from the source" in stderr.splitlines()[-1]
+
+
+def test_float16_that_overflows(
+    model: Path, tmp_path: Path, command: Any, tiny_config: Any, random_tensors: Any
+) -> None:
+    tensors = random_tensors(tiny_config)
+    tensors["model.norm.weight"][3] = 70_000
+    save_file(tensors, model / "model.safetensors")
+    assert_one_error(command(model, tmp_path / "out", "--dtype", "float16"), "model.norm.weight", "bfloat16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupted_conversion_goes_on(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
+    """Ctrl-C in the third shard; the same command makes only what is missing, another one begins anew."""
+    options = ["--max-shard-size", "20KB"]
+    assert command(model, tmp_path / "whole", *options)[0] == 0
+    shard_of = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())["weight_map"]
+    read, made = HuggingFaceFolder.tensor, []
+
+    def interrupt(self: HuggingFaceFolder, name: str) -> torch.Tensor:
+        if shard_of[name].startswith("model-00003"):
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    def count(self: HuggingFaceFolder, name: str) -> torch.Tensor:
+        made.append(name)
+        return read(self, name)
+
+    def interrupted() -> None:
+        monkeypatch.setattr(HuggingFaceFolder, "tensor", interrupt)
+        assert command(model, tmp_path / "out", *options)[0] == 130
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(HuggingFaceFolder, "tensor", count)
+        made.clear()
+
+    interrupted()
+    assert command(model, tmp_path / "out", *options)[0] == 0
+    # The second shard would have been written as soon as it was clear that the next tensor did not fit.
+    assert {shard_of[name][:11] for name in made} == {f"model-{i:05}" for i in range(2, 8)} & {
+        shard[:11] for shard in shard_of.values()
+    }
+    names_of = [sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("whole", "out")]
+    assert names_of[0] == names_of[1]
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+    (tmp_path / "out").rename(tmp_path / "first")
+    interrupted()
+    assert command(model, tmp_path / "out", "--dtype", "float16", *options)[0] == 0
+    assert len(made) == 21
+    (tmp_path / "out").rename(tmp_path / "second")
+    interrupted()
+    os.utime(model / "model.safetensors", (1, 1))
+    assert command(model, tmp_path / "out", *options)[0] == 0
+    assert len(made) == 21, "the source is another one now"
+
+
 def test_existing_destination_and_force(model: Path, tmp_path: Path, command: Any) -> None:
     assert command(model, tmp_path / "out")[0] == 0
     assert_one_error(command(model, tmp_path / "out"), "--force")
@@ -86,8 +198,13 @@ def test_existing_destination_and_force(model: Path, tmp_path: Path, command: An
         (["no-such-folder", "out"], "no-such-folder: no such folder"),
         (["no-such.gguf", "out"], "no-such.gguf: no such file; official weights are at huggingface.co/deepseek-ai"),
         (["a", "b", "--dtype", "int3"], "int3"),
+        (["a", "b", "--dtype", "q8_0"], "add --to gguf"),
+        (["a", "b", "--to", "gguf"], "b: GGUF files end in .gguf"),
+        (["a", "b.gguf", "--to", "huggingface"], "b.gguf: GGUF files end in .gguf"),
+        (["a", "b", "--to", "onnx"], "onnx"),
         (["a", "b", "--max-shard-size", "many"], "'many' is not understood"),
-        (["--inspect", "no-such-folder"], "no-such-folder"),
+        (["--inspect", "no-such-folder"], "no-such-folder: no such folder"),
+        (["--inspect", "no-such.gguf"], "no-such.gguf: no such file"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, monkeypatch: Any, command: Any, arguments: list[str], named: str) -> None:
@@ -109,7 +226,7 @@ def test_full_disk_is_one_line(model: Path, tmp_path: Path, command: Any, monkey
 
 def test_full_disk_as_safetensors_reports_it(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise writer.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(writer, "save_file", full)
     assert_one_error(command(model, tmp_path / "out"), "No space left on device", "free some space")
@@ -150,7 +267,14 @@ def test_gguf(smollm2: Path, llama_cpp_vocabularies: Path, tmp_path: Path, comma
         assert text in stdout
     vocabulary = llama_cpp_vocabularies / "ggml-vocab-deepseek-coder.gguf"
     assert "vocabulary only" in command("--inspect", vocabulary)[1]
-    assert_one_error(command(vocabulary, tmp_path / "out"), "vocabulary only")
+    assert_one_error(command(vocabulary, tmp_path / "out.gguf"), "vocabulary only")
+    assert command(vocabulary, tmp_path / "out")[:2] == (
+        0,
+        f"{tmp_path / 'out'}: tokenizer written; {vocabulary} holds no weights\n",
+    )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert_one_error(command(vocabulary, tmp_path / "out"), "--force")
+    assert command(vocabulary, tmp_path / "out", "--force")[0] == 0
 
 
 def one_command(body: Any) -> typer.Typer:

@@ -308,7 +308,10 @@ def index_of(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..", 7, "x.bin"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "..", 7, "x.bin", "x" * 300 + ".safetensors"],
+)
 def test_index_cannot_point_elsewhere(folder: Path, shard: object) -> None:
     index_of(folder, {"model.norm.weight": shard})
     refused(folder, "model.safetensors.index.json", "model.norm.weight", "no .safetensors file beside it")
@@ -347,8 +350,13 @@ def test_wrong_tensors(folder: Path, tiny_config: Any, random_tensors: Any, chan
 
 
 def test_open_checkpoint_refuses_other_files(tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="neither a model folder nor a"):
-        open_checkpoint(tmp_path / "model.pt")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\3\4")
+    for name in ("model.onnx", "pytorch_model.bin"):
+        with pytest.raises(ValueError, match="neither a model folder nor a"):
+            open_checkpoint(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter; give its base model"):
+        open_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_checkpoint(tmp_path / "no.gguf")

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from convert import names, writer
+from convert import names
 from convert.huggingface import open_folder, parse_size, write_folder
 
 Tensors = dict[str, torch.Tensor]
@@ -213,7 +213,9 @@ def test_force_replaces_only_model_folders(tmp_path: Path, tiny_config: Any, ran
     assert (out if content == "file" else out / content).read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "_flush_to_disk", "_move_into_place"])
+@pytest.mark.parametrize(
+    "step", ["writer.save_file", "writer._write_json", "destination.flush_to_disk", "destination.move_into_place"]
+)
 @pytest.mark.parametrize("old", [False, True])
 def test_full_disk_leaves_everything_as_it_was(
     tmp_path: Path, tiny_config: Any, random_tensors: Any, monkeypatch: Any, step: str, old: bool, assert_same: Any
@@ -225,7 +227,7 @@ def test_full_disk_leaves_everything_as_it_was(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, step, full)
+    monkeypatch.setattr(f"convert.{step}", full)
     with pytest.raises(OSError, match=rf"{tmp_path / 'out'}: cannot be written \(No space left.*free some space"):
         write_folder(tmp_path / "out", tiny_config, random_tensors(tiny_config, seed=1).items(), force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if old else [])
@@ -262,7 +264,9 @@ def test_failed_rename_brings_the_old_model_back(
     assert_same(tmp_path / "out", tensors)
 
 
-def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str) -> subprocess.Popen[str]:
+def run_writer(
+    tmp_path: Path, config: dict[str, Any], before: str, during: str, resume: str | None = None
+) -> subprocess.Popen[str]:
     """A process that writes tmp_path/out; `before` runs first, `during` between two tensors late in the stream."""
     body = f"""
         import json, os, resource, signal, sys, time, torch
@@ -276,7 +280,7 @@ def run_writer(tmp_path: Path, config: dict[str, Any], before: str, during: str)
                     {during}
                 yield name, torch.zeros(shape)
         {before}
-        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True)
+        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True, resume={resume!r})
     """
     command = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path), json.dumps(config)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
@@ -300,6 +304,42 @@ def test_killed_process_leaves_no_destination(
     write_folder(tmp_path / "out", tiny_config, tensors.items())
     assert_same(tmp_path / "out", tensors)
     assert {entry.name for entry in tmp_path.iterdir()} == {"now", "out"}
+
+
+def test_a_killed_process_loses_no_finished_shard(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any
+) -> None:
+    process = run_writer(tmp_path, tiny_config, "pass", "os.kill(os.getpid(), signal.SIGKILL)", resume="work")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    finished = len(json.loads((tmp_path / ".out.tmp" / "progress.json").read_text())["shards"])
+    assert finished > 1
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in random_tensors(tiny_config).items()}
+    made = []
+
+    def stream() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        for name, tensor in zeros.items():
+            yield name, lambda name=name, tensor=tensor: made.append(name) or tensor  # type: ignore[misc]
+
+    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=20_000, resume="work")
+    assert_same(tmp_path / "out", zeros)
+    assert 0 < len(made) < len(zeros)
+    assert set(zeros) - set(made) == {
+        name for i in range(finished) for name in load_file(sorted((tmp_path / "out").glob("*.safetensors"))[i])
+    }
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
+@pytest.mark.parametrize("progress", [b"{", b"[]", b'{"resume": "work"}', b'{"resume": "work", "shards": [{"a": 1}]}'])
+def test_damaged_progress_begins_anew(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any, progress: bytes
+) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "progress.json").write_bytes(progress)
+    tensors = random_tensors(tiny_config)
+    write_folder(tmp_path / "out", tiny_config, tensors.items(), resume="work")
+    assert_same(tmp_path / "out", tensors)
 
 
 @pytest.mark.parametrize("renames, survivor", [(1, "old"), (2, "new")])

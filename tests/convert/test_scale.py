@@ -1,0 +1,81 @@
+"""Memory and throughput with the shapes of the released models; `scale.py` does the work in a process of its own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert.huggingface import open_folder
+from deepseek_coder.config import RELEASED
+
+ROOT = Path(__file__).parents[2]
+BASES = [name for name in RELEASED if "base" in name]
+# Published counts, computed from the official configs.
+PARAMETERS = {
+    "deepseek-coder-1.3b-base": 1_346_471_936,
+    "deepseek-coder-5.7bmqa-base": 5_700_325_376,
+    "deepseek-coder-6.7b-base": 6_740_512_768,
+    "deepseek-coder-33b-base": 33_342_991_360,
+    "deepseek-coder-7b-base-v1.5": 6_910_365_696,
+}
+
+
+def scale(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("scale.py")), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print({key: value for key, value in report.items() if key != "digests"})
+    # The promise: whatever the model's size.
+    assert report["peak_anonymous"] < 1.2 * report["largest_shard"] + 2**30
+    return report
+
+
+def test_33b_shaped_layers(tmp_path: Path) -> None:
+    """Two of the 62 layers, hashed: 2.98 GB with embedding and head, in shards of 0.8 GB."""
+    report = scale("deepseek-coder-33b-base", tmp_path / "out", "--sink", "--layers", 2, "--shard", "800MB")
+    assert report["shards"] == 5
+    assert len(report["digests"]) == 2 * 9 + 3
+    # More than a shard was in memory, so the measurement sees what it is to see.
+    assert report["peak_anonymous"] > 0.9 * report["largest_shard"]
+
+
+@pytest.mark.large
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", BASES)
+def test_every_released_shape(tmp_path: Path, name: str) -> None:
+    report = scale(name, tmp_path / "out", "--sink")
+    assert report["parameters"] == PARAMETERS[name]
+    assert len(report["digests"]) == RELEASED[name].num_layers * 9 + 3
+    for tensor, count in (("model.norm.weight", 1), ("lm_head.weight", 1)):
+        assert sum(key == tensor for key in report["digests"]) == count
+
+
+@pytest.mark.large
+@pytest.mark.timeout(1800)
+def test_real_write_of_6_7b(tmp_path: Path) -> None:
+    """13.5 GB on a real disk: as fast as making them and writing as many bytes plainly, and the bytes are right."""
+    report = scale("deepseek-coder-6.7b-base", tmp_path / "out")
+    assert report["shards"] == 3
+    block, begin = os.urandom(2**24), time.monotonic()
+    with (tmp_path / "plain").open("wb", buffering=0) as file:
+        for _ in range(report["bytes"] // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    plain = time.monotonic() - begin
+    (tmp_path / "plain").unlink()
+    sink = scale("deepseek-coder-6.7b-base", tmp_path / "sink", "--sink")
+    print(f"written in {report['seconds']} s, made and hashed in {sink['seconds']} s, plain writing {plain:.1f} s")
+    digests = sink["digests"]
+    with open_folder(tmp_path / "out") as folder:
+        for name, digest in digests.items():
+            raw = folder.tensor(name).reshape(-1).view(torch.uint8).numpy()
+            assert hashlib.sha256(memoryview(raw)).hexdigest() == digest, name
+    assert report["seconds"] < 1.5 * (sink["seconds"] + plain)
