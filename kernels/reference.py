@@ -249,11 +249,15 @@ def cross_entropy_(
         logits.copy_(p.masked_fill_(~valid[:, None], 0.0))
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None,
+) -> None:  # fmt: skip
     """cache[slot // n, slot % n] = row, for caches (m, n, kv_heads, head_dim) of any strides; negative slots skipped.
 
-    Dropping rows would need their count on the host. A skipped row repeats the write of the first row that is not
-    skipped instead; when all are skipped, slot 0 is written with what it holds.
+    With a descale (kv_heads,), round(row / descale) in fp8, what is beyond its range clamped to it. Dropping rows would
+    need their count on the host. A skipped row repeats the write of the first row that is not skipped instead; when all
+    are skipped, slot 0 is written with what it holds.
     """
     if slots.numel() == 0:
         return
@@ -262,9 +266,14 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     source = torch.where(valid, rows, valid.int().argmax())
     slot = slots[source].long().clamp(min=0)
     some = valid.any()
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, cache, descale in ((k, k_cache, k_descale), (v, v_cache, v_descale)):
         at = (slot // cache.shape[1], slot % cache.shape[1])
-        cache[at] = torch.where(some, new[source].to(cache.dtype), cache[at])
+        new = new[source]
+        if descale is not None:
+            largest = torch.finfo(cache.dtype).max
+            new = (new.to(wide(new.dtype)) / descale[:, None]).clamp(-largest, largest)
+            new, cache = new.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)  # fp8 cannot be indexed
+        cache[at] = torch.where(some, new.to(cache.dtype), cache[at])
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from kernels import dispatch
 
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1",
+    torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -77,14 +77,21 @@ def inspect_binary(cubin):
             for tool, flag in (("cuobjdump", "-sass"), ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     operations = collections.Counter(
-        re.findall(r"\b(HGMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMAREDG|USETMAXREG)\b", sass)
+        re.findall(r"\b(HGMMA|HMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMAREDG|USETMAXREG)\b", sass)
     )
+    wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\.(?:\S+\.)?128\b", sass))  # 16 bytes a thread
     stack = re.search(r"STACK:(\d+)", usage)
     registers = re.search(r"REG:(\d+)", usage)
     assert stack, usage
     assert registers, usage
     loops = innermost_loops(labelled)
-    return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations, "loops": loops}
+    return {
+        "stack": int(stack[1]),
+        "registers": int(registers[1]),
+        "operations": operations,
+        "wide": wide,
+        "loops": loops,
+    }
 
 
 def assembler_warnings(ptx):
@@ -117,6 +124,30 @@ def run_ops(dtype, head_dim):
     kernels.linear_cross_entropy(x[:2], vocabulary.detach(), torch.arange(2))
 
 
+def run_decode(dtype, head_dim):
+    """One query over pages and without, groups of heads, guesses to verify, a chunk of a prompt, an fp8 cache."""
+    decode = importlib.import_module("kernels.attention.decode")
+    decode._slots = lambda _: 264
+    seqlens, table = torch.tensor([40]), torch.zeros(1, 1024, dtype=torch.int32)
+    for heads, kv_heads, queries, page in ((4, 4, 1, 16), (4, 4, 1, 0), (14, 2, 1, 16), (32, 1, 1, 16), (14, 2, 16, 16),
+                                           (4, 4, 300, 16)):  # fmt: skip
+        q = torch.zeros(1, queries, heads, head_dim, dtype=dtype)
+        cache = torch.zeros(*((4, page) if page else (1, 16384)), kv_heads, head_dim, dtype=dtype)
+        pages = table if page else None
+        kernels.flash_attn_with_kvcache(q, cache, cache, None, None, seqlens, pages, causal=queries > 1)
+        k = torch.zeros(queries, kv_heads, head_dim, dtype=dtype)
+        kernels.write_kv(k, k, cache, cache, torch.arange(queries))
+    kernels.flash_attn_with_kvcache(q, cache, cache, k[None], k[None], seqlens, table)
+    quantised, descale = cache.to(torch.float8_e4m3fn), torch.ones(kv_heads)
+    kernels.flash_attn_with_kvcache(
+        q[:, :1], quantised, quantised, k[None, :1], k[None, :1], seqlens, table, k_descale=descale, v_descale=descale
+    )
+    qkv = torch.zeros(300, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    at = torch.arange(300)
+    kernels.apply_rope_and_write_kv(qkv, at, heads, kv_heads, 1e5, 4.0, cache, cache, at)
+    kernels.apply_rope_and_write_kv(qkv, at, heads, kv_heads, 1e5, 4.0, quantised, quantised, at, descale, descale)
+
+
 def run_attention(dtype, head_dim):
     """The Hopper kernels: heads that share key heads or not, causal or not, forward and backward."""
     cu = torch.tensor([0, 40, 300], dtype=torch.int32)
@@ -147,19 +178,19 @@ def innermost_loops(sass):
     return [{name: len(re.findall(rf"\b{name}\b", body)) for name in ("HGMMA", "LDL", "STL")} for _, _, body in inner]
 
 
-def main(dtype, head_dim, hopper):
+def main(dtype, head_dim, what):
     launches = []
     record(launches)
-    for module in ("attention", "norm", "rope", "swiglu", "loss"):
+    for module in ("attention", "norm", "rope", "swiglu", "loss", "kv_cache"):
         importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
     assert not dispatch.interpreting()
     attention = importlib.import_module("kernels.attention")
-    attention.use_hopper = lambda *_: hopper == "hopper"
-    if hopper == "hopper":
+    attention.use_hopper = lambda *_: what == "hopper"
+    if what == "hopper":
         importlib.import_module("kernels.attention.hopper")._multiprocessors = lambda _: 132
         run_attention(getattr(torch, dtype), int(head_dim))
     else:
-        run_ops(getattr(torch, dtype), int(head_dim))
+        {"ops": run_ops, "decode": run_decode}[what](getattr(torch, dtype), int(head_dim))
     done = set()
     for kernel, args, kwargs in launches:
         src, options = source(kernel, args, dict(kwargs))

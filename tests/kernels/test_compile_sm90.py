@@ -81,6 +81,34 @@ def test_attention_uses_the_tensor_cores(head_dim, kernel):
         assert report["flags"]["BLOCK_M"] > 16
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 128), ("float16", 64)])
+def test_decode_kernels(dtype, head_dim, older):
+    """Tensor cores for every number of heads and queries; K and V come 16 bytes at a time, asynchronously; two programs
+    fit a multiprocessor while few rows are asked for."""
+    reports = compiled(dtype, head_dim, "decode", older)
+    assert {report["version"] == OLDER for report in reports} == {older}
+    names = {report["kernel"].rsplit(".", 1)[1] for report in reports}
+    assert names == {"_split_kernel", "_combine_kernel", "_write_kernel", "_kernel"}
+    for report in reports:
+        operations = report["operations"]
+        assert not any(name.startswith(("ATOM", "RED")) for name in operations), report
+        if report["kernel"] != "kernels.rope._kernel":  # cos and sin, as above
+            assert report["stack"] == 0, report
+        if report["kernel"] != "kernels.attention.decode._split_kernel":
+            continue
+        flags = report["flags"]
+        assert operations["LDGSTS"] > 0
+        if flags["BLOCK_M"] <= 32:
+            assert operations["HMMA"] > 0
+            assert report["shared"] <= 113 * 1024
+            assert report["wide"] >= (16 if flags["DESCALE"] else 64)
+        else:
+            assert operations["HGMMA"] > 0
+            assert report["shared"] <= 227 * 1024
+
+
 HOPPER = "kernels.attention.hopper"
 # Accesses to local memory that the innermost loops may hold.
 MAIN_LOOP = {f"{HOPPER}_forward.forward_kernel": 0, f"{HOPPER}_backward.backward_kernel": 12}
