@@ -51,7 +51,18 @@ def _kernel(
     at = tl.arange(0, BLOCK)
     frequency = tl.load(inverse_frequencies + at, mask=at < HALF, other=0.0)
     angle = tl.load(positions + row).to(tl.float32) * frequency
-    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :] * sign
+    # sin and cos of k pi/2 + r, |r| <= pi/4 (Cephes' sinf and cosf): pi/2 in three parts of which the first two times k
+    # are exact. The library's way for angles beyond 10^5 would cost registers and a stack that no position needs.
+    k = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = ((angle - k * 1.5703125) - k * 4.837512969970703e-4) - k * 7.549789954891882e-8
+    z = r * r
+    sin_r = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * r + r
+    cos_r = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    quadrant = k.to(tl.int32)
+    swapped = (quadrant & 1) != 0
+    sin = tl.where(swapped, cos_r, sin_r) * tl.where((quadrant & 2) != 0, -sign, sign)
+    cos = tl.where(swapped, sin_r, cos_r) * tl.where(((quadrant + 1) & 2) != 0, -1.0, 1.0)
+    cos, sin = cos[None, :], sin[None, :]
     at = at[None, :]
     a_at = x + row * row_stride + head * (2 * HALF) + at
     b_at = a_at + HALF
