@@ -308,3 +308,14 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     before = p.cumsum(-1) - p  # the mass of everything likelier
     keep = ((before < top_p[:, None]) | (top_p[:, None] >= 1)) & (p >= min_p[:, None] * p[:, :1]) | (rank == 0)
     return logits.new_empty(logits.shape).scatter_(1, order, ordered.masked_fill(~keep, float("-inf")))
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor) -> Tensor:
+    """Ids (rows,) of logits (rows, vocab): the argmax of what the filters keep, plus noise; at temperature 0 of all."""
+    greedy = temperature == 0
+    tempered = logits.float() * (1 / torch.where(greedy, 1.0, temperature))[:, None]
+    off = (top_k == 0) & (top_p >= 1) & (min_p == 0)
+    if logits.device.type != "cpu" or not off.all():  # elsewhere nobody waits to learn it
+        tempered = filter_logits(tempered, top_k, top_p, min_p)
+    noisy = tempered.double() + gumbel_noise(seeds, logits.shape[1])
+    return torch.where(greedy, logits.argmax(-1), noisy.argmax(-1))

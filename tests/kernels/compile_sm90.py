@@ -114,7 +114,7 @@ def run_ops(dtype, head_dim):
             qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal
         )  # fmt: skip
         out.sum().backward()
-    kernels.apply_rope(qkv.detach(), torch.arange(tokens), heads, kv_heads, 1e5, 4.0)
+    kernels.apply_rope(torch.zeros(tokens, 48 * head_dim, dtype=dtype), torch.arange(tokens), 16, 16, 1e5, 4.0)
     x, weight = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((tokens, width), (width,)))
     kernels.rms_norm(x, weight, 1e-6).sum().backward()
     sum(y.sum() for y in kernels.rms_norm(x, weight, 1e-6, x)).backward()
@@ -122,6 +122,7 @@ def run_ops(dtype, head_dim):
     vocabulary = torch.zeros(32256, width, dtype=dtype, requires_grad=True)
     kernels.linear_cross_entropy(x.detach()[:2], vocabulary.detach(), torch.arange(2))
     kernels.linear_cross_entropy(x[:2], vocabulary.detach(), torch.arange(2))
+    kernels.sample(torch.zeros(2, 32256, dtype=dtype), 0.8, 50, 0.95, 0.01, 1)
 
 
 def run_decode(dtype, head_dim):
@@ -181,7 +182,7 @@ def innermost_loops(sass):
 def main(dtype, head_dim, what):
     launches = []
     record(launches)
-    for module in ("attention", "norm", "rope", "swiglu", "loss", "kv_cache"):
+    for module in ("attention", "norm", "rope", "swiglu", "loss", "kv_cache", "sampling"):
         importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
     assert not dispatch.interpreting()
     attention = importlib.import_module("kernels.attention")

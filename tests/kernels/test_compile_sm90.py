@@ -13,8 +13,10 @@ import pytest
 ATTENTION = "kernels.attention.portable."
 KERNELS = {
     *(ATTENTION + name for name in ("_forward_kernel", "_delta_kernel", "_dq_kernel", "_dkdv_kernel")),
-    "kernels.norm._forward_kernel", "kernels.norm._backward_kernel", "kernels.rope._kernel",
+    "kernels.norm._forward_kernel", "kernels.norm._backward_kernel", "kernels.norm._finish_kernel",
+    "kernels.rope._kernel",
     "kernels.swiglu._forward_kernel", "kernels.swiglu._backward_kernel", "kernels.loss._cross_entropy_kernel",
+    "kernels.sampling._sample_kernel",
 }  # fmt: skip
 
 
@@ -53,9 +55,11 @@ def compiled(dtype, head_dim, what="ops", older=False):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_without_spills(head_dim):
-    reports = compiled("bfloat16", head_dim)
+def test_compiles_without_spills(head_dim, older):
+    reports = compiled("bfloat16", head_dim, "ops", older)
     assert {report["kernel"] for report in reports} == KERNELS
     for report in reports:
         assert report["target"] == "sm_90a"
@@ -64,11 +68,13 @@ def test_compiles_without_spills(head_dim):
         assert not any(name.startswith(("ATOM", "RED")) for name in operations), (
             report
         )  # they would not be deterministic
-        # cos and sin keep a table on the stack for the reduction of angles beyond 10^5; no position comes near that
-        if report["kernel"] != "kernels.rope._kernel":
-            assert report["stack"] == 0, report
-            assert "LDL" not in operations, report
-            assert "STL" not in operations, report
+        assert report["stack"] == 0, report
+        assert "LDL" not in operations, report
+        assert "STL" not in operations, report
+        if not report["kernel"].startswith(ATTENTION):
+            assert report["wide"] >= 2, report  # rows are read and written 16 bytes at a time
+        if report["kernel"] == "kernels.norm._backward_kernel":
+            assert operations["LDGSTS"] > 0  # rows come while others are reduced
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -94,8 +100,7 @@ def test_decode_kernels(dtype, head_dim, older):
     for report in reports:
         operations = report["operations"]
         assert not any(name.startswith(("ATOM", "RED")) for name in operations), report
-        if report["kernel"] != "kernels.rope._kernel":  # cos and sin, as above
-            assert report["stack"] == 0, report
+        assert report["stack"] == 0, report
         if report["kernel"] != "kernels.attention.decode._split_kernel":
             continue
         flags = report["flags"]
