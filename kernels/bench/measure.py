@@ -11,13 +11,48 @@ from typing import Any
 import torch
 from triton.testing import do_bench
 
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "fa3-fwd")
+PACKAGES = (
+    "torch", "triton", "flash-attn", "flash-attn-4", "fa3-fwd", "flashinfer-python", "liger-kernel",
+    "cut-cross-entropy", "quack-kernels",
+)  # fmt: skip
 
 
 def milliseconds(function: Callable[[], Any]) -> dict[str, float]:
     """Median of many runs, with the L2 cache cleared before each, and the quantiles 0.2 and 0.8 as its spread."""
     median, low, high = do_bench(function, warmup=40, rep=120, quantiles=(0.5, 0.2, 0.8))
     return {"ms": median, "low": low, "high": high}
+
+
+def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function's launches as one CUDA graph, so that the host's speed is not measured. On the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each function, as `milliseconds`, but in rounds that time each of them once: a clock that changes
+    changes for all. Before each a buffer is read that is larger than the L2 cache, which leaves nothing to write back.
+    """
+    cold = torch.zeros(2**26, device="cuda")  # 256 MiB
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in functions}
+        for name, function in functions.items():
+            cold.sum()
+            events[name][0].record()
+            function()
+            events[name][1].record()
+        torch.cuda.synchronize()
+        for name, (start, end) in events.items():
+            times[name].append(start.elapsed_time(end))
+    result = {}
+    for name, values in times.items():
+        values.sort()
+        low, median, high = (values[int(len(values) * q)] for q in (0.2, 0.5, 0.8))
+        result[name] = {"ms": median, "low": low, "high": high}
+    return result
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
