@@ -123,7 +123,7 @@ def _unsupported(x: Tensor) -> str | None:
     return "rows must be contiguous to be rotated in place" if x.stride(1) != 1 else None
 
 
-@functools.lru_cache(32)
+@functools.cache  # and never dropped: a CUDA graph may hold the address
 def _cached_frequencies(head_dim: int, theta: float, factor: float, device: torch.device) -> Tensor:
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / (theta**exponent) / factor

@@ -61,11 +61,11 @@ def split_count(programs: int, capacity: int, slots: int) -> int:
     return next(count for count in counts if busy(count) >= 0.95 * best)
 
 
-@triton.jit(do_not_specialize=["queries", "new", "capacity", "splits"])
+@triton.jit(do_not_specialize=["queries", "new", "capacity", "splits", "split_size", "table_row", "rows"])
 def _split_kernel(
     q, k_cache, v_cache, out, lse, seqlens, block_table, k_descale, v_descale, scale,
     queries, new, capacity, splits, split_size,
-    q_batch, q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, out_split, lse_split,
+    q_batch, q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
     DESCALE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -136,12 +136,12 @@ def _split_kernel(
     result = (batch * queries + query) * (KV_HEADS * GROUP) + head
     split = split.to(tl.int64)
     unit = tl.where(splits == 1, LN2, 1.0)  # the only range is the result
-    tl.store(lse + split * lse_split + result, (m + tl.log2(mass)) * unit, mask=in_tile)
-    out_at = out + split * out_split + result[:, None] * D + at[None, :]
+    tl.store(lse + split * rows + result, (m + tl.log2(mass)) * unit, mask=in_tile)
+    out_at = out + (split * rows + result)[:, None] * D + at[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=in_tile[:, None])
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _combine_kernel(partial, partial_lse, out, lse, splits, rows, D: tl.constexpr, BLOCK: tl.constexpr):
     """One row of (rows, head_dim): its ranges in order, BLOCK at a time; empty ones add exact zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -212,7 +212,7 @@ def attention_with_kvcache(
             queries, new, capacity, num_splits, split_size,
             q.stride(0), q.stride(1), q.stride(2), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
             v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-            0 if block_table is None else block_table.stride(0), out.numel(), rows,
+            0 if block_table is None else block_table.stride(0), rows,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=head_dim, PAGE=page, CAUSAL=causal, DESCALE=descaled,
             UPCAST=interpreted_bf16, **sizes,
         )  # fmt: skip
