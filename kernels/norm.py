@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, early_launch, next_power_of_2, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -57,8 +57,10 @@ def _forward_kernel(
 @Kernel
 def _backward_kernel(
     dy, dsum, x, weight, rstd, dx, partial, rows, x_stride, columns,
-    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     at = tl.arange(0, BLOCK)
     mask = at < columns
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
@@ -83,9 +85,12 @@ def _backward_kernel(
 
 @Kernel
 def _finish_kernel(
-    partial, dweight, programs, columns, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    partial, dweight, programs, columns,
+    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """dweight (columns,) = the sum over the rows of partial (programs, columns), PROGRAMS at most."""
+    if EARLY:  # launched while these are still being computed
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.static_range(0, PROGRAMS, ROWS):
@@ -148,15 +153,18 @@ def _rms_norm_backward(
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
     block = next_power_of_2(columns)
+    early = early_launch(x.device)
     row_bytes = block * x.element_size() * (2 if dsum is None else 3)
     stages = min(4, 1 + ROWS_BYTES // row_bytes)  # one row less than that is on its way
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
-        rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, num_warps=_warps(block),
+        rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
+        num_warps=_warps(block),
     )  # fmt: skip
     _finish_kernel[(-(-columns // FINISH_COLUMNS),)](
-        partial, dweight, programs, columns, PROGRAMS=BACKWARD_PROGRAMS, ROWS=64, COLUMNS=FINISH_COLUMNS, num_warps=4
-    )
+        partial, dweight, programs, columns, PROGRAMS=BACKWARD_PROGRAMS, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,
+        num_warps=4, launch_pdl=early,
+    )  # fmt: skip
     return dx, dweight
 
 

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..dispatch import interpreting, next_power_of_2
+from ..dispatch import early_launch, interpreting, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -67,10 +68,12 @@ def _split_kernel(
     queries, new, capacity, splits, split_size,
     q_batch, q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
-    DESCALE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCALE: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows [queries * GROUP] of one key head of one sequence over one range of keys. out and lse are contiguous,
     (splits, batch, queries, heads, head_dim) and (splits, batch, queries, heads), the lse of a range to base 2."""
+    if EARLY:
+        gdc_launch_dependents()
     tiles = tl.num_programs(0) // KV_HEADS
     kv_head = tl.program_id(0) // tiles
     split = tl.program_id(1)
@@ -142,8 +145,15 @@ def _split_kernel(
 
 
 @triton.jit(do_not_specialize=["splits", "rows"])
-def _combine_kernel(partial, partial_lse, out, lse, splits, rows, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of (rows, head_dim): its ranges in order, BLOCK at a time; empty ones add exact zeros."""
+def _combine_kernel(
+    partial, partial_lse, out, lse, splits, rows, D: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row of (rows, head_dim): its ranges in order, BLOCK at a time; empty ones add exact zeros.
+
+    EARLY: the program was launched while the ranges are still being computed, and waits for the last of them here.
+    """
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, D)
     m = -float("inf")
@@ -204,7 +214,7 @@ def attention_with_kvcache(
         if num_splits > 1:
             partial = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
             partial_lse = torch.empty((num_splits, *lse.shape), dtype=torch.float32, device=q.device)
-        descaled = k_descale is not None
+        descaled, early = k_descale is not None, early_launch(q.device)
         interpreted_bf16 = q.dtype == torch.bfloat16 and interpreting()
         _split_kernel[(kv_heads * tiles, num_splits, batch)](
             q, k_cache, v_cache, partial, partial_lse, seqlens, seqlens if block_table is None else block_table,
@@ -214,10 +224,11 @@ def attention_with_kvcache(
             v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
             0 if block_table is None else block_table.stride(0), rows,
             KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=head_dim, PAGE=page, CAUSAL=causal, DESCALE=descaled,
-            UPCAST=interpreted_bf16, **sizes,
+            UPCAST=interpreted_bf16, EARLY=early, **sizes,
         )  # fmt: skip
         if num_splits > 1:
             _combine_kernel[(rows,)](
-                partial, partial_lse, out, lse, num_splits, rows, D=head_dim, BLOCK=32, num_warps=4
-            )
+                partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=32, num_warps=4,
+                launch_pdl=early,
+            )  # fmt: skip
     return out, lse

@@ -30,7 +30,7 @@ NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -77,7 +77,9 @@ def inspect_binary(cubin):
             for tool, flag in (("cuobjdump", "-sass"), ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     operations = collections.Counter(
-        re.findall(r"\b(HGMMA|HMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMAREDG|USETMAXREG)\b", sass)
+        re.findall(
+            r"\b(HGMMA|HMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|ACQBULK|PREEXIT|UTMALDG|UTMAREDG|USETMAXREG)\b", sass
+        )
     )
     wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\.(?:\S+\.)?128\b", sass))  # 16 bytes a thread
     stack = re.search(r"STACK:(\d+)", usage)
@@ -184,6 +186,8 @@ def main(dtype, head_dim, what):
     record(launches)
     for module in ("attention", "norm", "rope", "swiglu", "loss", "kv_cache", "sampling"):
         importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
+    for module in ("attention.decode", "norm"):
+        importlib.import_module(f"kernels.{module}").early_launch = lambda _: True
     assert not dispatch.interpreting()
     attention = importlib.import_module("kernels.attention")
     attention.use_hopper = lambda *_: what == "hopper"

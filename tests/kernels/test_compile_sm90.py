@@ -101,8 +101,11 @@ def test_decode_kernels(dtype, head_dim, older):
         operations = report["operations"]
         assert not any(name.startswith(("ATOM", "RED")) for name in operations), report
         assert report["stack"] == 0, report
+        if report["kernel"] == "kernels.attention.decode._combine_kernel":
+            assert operations["ACQBULK"] == 1  # launched early, it waits for the ranges
         if report["kernel"] != "kernels.attention.decode._split_kernel":
             continue
+        assert operations["PREEXIT"] == 1
         flags = report["flags"]
         assert operations["LDGSTS"] > 0
         if flags["BLOCK_M"] <= 32:
