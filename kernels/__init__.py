@@ -7,7 +7,7 @@ torch, not triton.
 
 from .attention import flash_attn_func, flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .dispatch import backend
-from .kv_cache import flash_attn_with_kvcache, write_kv
+from .kv_cache import apply_rope_and_write_kv, flash_attn_with_kvcache, write_kv
 from .loss import linear_cross_entropy
 from .norm import rms_norm
 from .rope import apply_rope
@@ -20,6 +20,7 @@ PROJECT = "deepseek-coder-torch"
 __all__ = [
     "PROJECT",
     "apply_rope",
+    "apply_rope_and_write_kv",
     "backend",
     "flash_attn_func",
     "flash_attn_varlen_func",

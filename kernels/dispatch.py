@@ -74,6 +74,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def early_launch(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one that it waits for has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _warn_once(instead: str, reason: str) -> None:
     with _lock:
         if reason in _warned:

@@ -7,13 +7,14 @@
 
 The trick: dlogits depends on the incoming gradient only through one scalar factor, so both gradients can be made in the
 forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's
-logits with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32: in bf16 the
-later chunks would vanish in the rounding of the sum.
+logits with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32, inside the
+products: in bf16 the later chunks would vanish in the rounding of the sum. Chunks are as large as memory allows, since
+each of them reads and writes that sum once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .dispatch import Kernel, check, next_power_of_2, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
-CHUNK_ELEMENTS = 2**26  # logits held at a time: 2048 tokens of a vocabulary of 32K, 128 MiB in bf16
+CHUNK_ELEMENTS = 2**28  # logits held at a time: 8322 tokens of a vocabulary of 32,256, 512 MiB in bf16
 
 
 @Kernel
@@ -69,13 +70,25 @@ def _cross_entropy_(
     """reference.cross_entropy_, by whichever backend is chosen."""
     unsupported = "the Triton kernels do not compute in float64" if logits.dtype == torch.float64 else None
     if use_triton(logits, unsupported):
-        block = min(4096, next_power_of_2(logits.shape[1]))
+        # So few rows at a time that the second walk finds them in the L2 cache: 4 for each multiprocessor.
+        block = min(8192, next_power_of_2(logits.shape[1]))
         _cross_entropy_kernel[(logits.shape[0],)](
             logits, targets, losses, logits.stride(0), logits.shape[1], ignore_index, z_loss,
-            GRADIENT=gradient, BLOCK=block, num_warps=8,
+            GRADIENT=gradient, BLOCK=block, num_warps=16,
         )  # fmt: skip
     else:
         reference.cross_entropy_(logits, targets, losses, ignore_index, z_loss, gradient)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, in total's dtype, which is wider than that of a and b; the first time total holds nothing yet."""
+    if a.dtype != total.dtype and a.device.type == "cuda":
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
 
 
 @torch.library.custom_op("deepseek_coder::linear_cross_entropy", mutates_args=())
@@ -87,24 +100,33 @@ def _linear_cross_entropy(
     z_loss: float,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss sum, count, and the gradients for an incoming gradient of 1 (dweight in fp32), empty if not needed."""
+    need_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss sum, count, gradients for an incoming gradient of 1 (dweight in fp32), logits; empty where not needed."""
     tokens, vocab = hidden.shape[0], weight.shape[0]
     wide = reference.wide(hidden.dtype)
     losses = torch.empty(tokens, dtype=wide, device=hidden.device)
     dhidden = torch.empty(hidden.shape if need_dhidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape if need_dweight else (0,), dtype=wide, device=hidden.device)
+    dweight = torch.empty(weight.shape if need_dweight else (0,), dtype=wide, device=hidden.device)
+    kept = torch.empty((tokens, vocab) if need_logits else (0,), dtype=hidden.dtype, device=hidden.device)
     targets = targets.contiguous()
-    step = max(1, CHUNK_ELEMENTS // vocab)
-    for first in range(0, tokens, step):
+    chunks = -(-tokens // max(1, CHUNK_ELEMENTS // vocab))
+    step = -(-tokens // max(1, chunks))  # all chunks alike
+    buffer = torch.empty((step, vocab), dtype=hidden.dtype, device=hidden.device)
+    for first in range(0, tokens, max(1, step)):
         chunk = slice(first, min(first + step, tokens))
-        logits = hidden[chunk] @ weight.t()  # (step, vocab)
+        logits = buffer[: chunk.stop - first]
+        torch.mm(hidden[chunk], weight.t(), out=logits)
+        if need_logits:
+            kept[chunk] = logits
         _cross_entropy_(logits, targets[chunk], losses[chunk], ignore_index, z_loss, need_dhidden or need_dweight)
         if need_dhidden:
             torch.mm(logits, weight, out=dhidden[chunk])
         if need_dweight:
-            dweight += logits.t() @ hidden[chunk]
-    return losses.sum(), (targets != ignore_index).sum(), dhidden, dweight
+            _add_product(dweight, logits.t(), hidden[chunk], first == 0)
+    if tokens == 0:
+        dweight.zero_()
+    return losses.sum(), (targets != ignore_index).sum(), dhidden, dweight, kept
 
 
 @_linear_cross_entropy.register_fake
@@ -116,44 +138,79 @@ def _(
     z_loss: float,
     need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = reference.wide(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty((), dtype=torch.int64),
         hidden.new_empty(hidden.shape if need_dhidden else (0,)),
         hidden.new_empty(weight.shape if need_dweight else (0,), dtype=wide),
+        hidden.new_empty((hidden.shape[0], weight.shape[0]) if need_logits else (0,)),
     )
 
 
 def _setup(ctx, inputs, output):
-    ctx.need_dhidden, ctx.need_dweight = inputs[5:]
+    ctx.need_dhidden, ctx.need_dweight = inputs[5:7]
     ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:4])
 
 
-def _backward(ctx, dloss, _dcount, _ddhidden, _ddweight):
-    dhidden, dweight = ctx.saved_tensors
-    # The factor, 1 / tokens as a rule, must not be rounded to 16 bits first.
-    dhidden = (dhidden.to(dloss.dtype) * dloss).to(ctx.dtype) if ctx.need_dhidden else None
-    dweight = (dweight * dloss).to(ctx.dtype) if ctx.need_dweight else None
-    return dhidden, dweight, None, None, None, None, None
+@torch.library.custom_op("deepseek_coder::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(dloss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * dloss in one pass. A factor of shape (1,) takes part in the choice of the dtype to compute in, one of
+    shape () does not: it, 1 / tokens as a rule, would be rounded to 16 bits first."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, dloss.view(1), out=out)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(dloss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+def _backward(ctx, dloss, *_):
+    gradients = [
+        _linear_cross_entropy_backward(dloss, gradient, ctx.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, (ctx.need_dhidden, ctx.need_dweight), strict=True)
+    ]
+    return *gradients, *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 
+@overload
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = ..., z_loss: float = ...
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = ...,
+    z_loss: float = ...,
+    *,
+    return_logits: bool,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]: ...
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    return_logits: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropies of softmax(hidden weight^T), and how many tokens it is over.
 
     hidden (tokens, d) and weight (vocab, d) of one dtype, targets (tokens,) int64, `ignore_index` or in [0, vocab).
     z_loss adds z_loss * lse^2 per token (PaLM, arXiv 2204.02311, section 5).
 
     Returns loss_sum, an fp32 scalar differentiable once with respect to hidden and weight, and count, an int64 scalar
-    that is not; both stay on the device. A count of 0 gives loss 0 and zero gradients. A target outside the vocabulary
-    is an error on the CPU and gives NaN in the kernel. ValueError when shapes, dtypes or devices do not fit.
+    that is not; both stay on the device; with return_logits also the logits (tokens, vocab) in hidden's dtype, without
+    gradients. A count of 0 gives loss 0 and zero gradients. A target outside the vocabulary is an error on the CPU and
+    gives NaN in the kernel. ValueError when shapes, dtypes or devices do not fit.
     """
     fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     check(fits, lambda: f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
@@ -162,7 +219,8 @@ def linear_cross_entropy(
     same = weight.dtype == hidden.dtype and weight.device == hidden.device == targets.device
     check(same, lambda: f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype}")
     grad = torch.is_grad_enabled()
-    loss, count, _, _ = _linear_cross_entropy(
-        hidden, weight, targets, ignore_index, z_loss, grad and hidden.requires_grad, grad and weight.requires_grad
+    need_dhidden, need_dweight = grad and hidden.requires_grad, grad and weight.requires_grad
+    loss, count, _, _, logits = _linear_cross_entropy(
+        hidden, weight, targets, ignore_index, z_loss, need_dhidden, need_dweight, return_logits
     )
-    return loss, count
+    return (loss, count, logits.detach()) if return_logits else (loss, count)

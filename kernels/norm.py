@@ -11,7 +11,7 @@ Backward, with n = h * rstd and g = dy * weight:
 
 The hard part is dweight: a sum over rows where rows are the parallel dimension. Atomics would make its last bits depend
 on the order of arrival, so each program walks its own rows, keeps its sum in registers, and writes one row of a small
-fp32 matrix that is summed afterwards.
+fp32 matrix that a second kernel sums.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, early_launch, next_power_of_2, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 BACKWARD_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors; a constant, so that sums do not vary
+ROWS_BYTES = 192 * 1024  # of rows that are waited for, in a multiprocessor's 227 KB of shared memory
+FINISH_COLUMNS = 16  # 64 bytes a row: as many programs as there are multiprocessors for 2048 columns
 
 
 @Kernel
@@ -55,15 +57,20 @@ def _forward_kernel(
 @Kernel
 def _backward_kernel(
     dy, dsum, x, weight, rstd, dx, partial, rows, x_stride, columns,
-    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     at = tl.arange(0, BLOCK)
     mask = at < columns
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
-    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+    scale = tl.load(rstd + tl.program_id(0))
+    # The next rows are on their way while this one is reduced: loading, reducing and storing in turn would leave the
+    # memory idle half of the time.
+    for i in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(i, tl.int64)
-        scale = tl.load(rstd + row)
+        next_scale = tl.load(rstd + tl.minimum(i + tl.num_programs(0), rows - 1))
         n = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32) * scale
         d = tl.load(dy + row * columns + at, mask=mask, other=0.0).to(tl.float32)
         dw += d * n.to(dx.dtype.element_ty).to(tl.float32)
@@ -72,7 +79,25 @@ def _backward_kernel(
         if HAS_DSUM:
             result += tl.load(dsum + row * columns + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + row * columns + at, result.to(dx.dtype.element_ty), mask=mask)
+        scale = next_scale
     tl.store(partial + tl.program_id(0).to(tl.int64) * columns + at, dw, mask=mask)
+
+
+@Kernel
+def _finish_kernel(
+    partial, dweight, programs, columns,
+    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """dweight (columns,) = the sum over the rows of partial (programs, columns), PROGRAMS at most."""
+    if EARLY:  # launched while these are still being computed
+        tl.extra.cuda.gdc_wait()
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.static_range(0, PROGRAMS, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial + row * columns + at, mask=(row < programs) & (at < columns), other=0.0)
+    out = tl.sum(total, axis=0)[None, :]
+    tl.store(dweight + at, out.to(dweight.dtype.element_ty), mask=at < columns)
 
 
 def _warps(block: int) -> int:
@@ -122,15 +147,25 @@ def _rms_norm_backward(
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return dx, torch.zeros_like(weight)
     programs = min(rows, BACKWARD_PROGRAMS)
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
-    if rows:
-        block = next_power_of_2(columns)
-        _backward_kernel[(programs,)](
-            dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
-            rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
+    block = next_power_of_2(columns)
+    early = early_launch(x.device)
+    row_bytes = block * x.element_size() * (2 if dsum is None else 3)
+    stages = min(4, 1 + ROWS_BYTES // row_bytes)  # one row less than that is on its way
+    _backward_kernel[(programs,)](
+        dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
+        rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    _finish_kernel[(-(-columns // FINISH_COLUMNS),)](
+        partial, dweight, programs, columns, PROGRAMS=BACKWARD_PROGRAMS, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,
+        num_warps=4, launch_pdl=early,
+    )  # fmt: skip
+    return dx, dweight
 
 
 @_rms_norm_backward.register_fake

@@ -255,11 +255,15 @@ def cross_entropy_(
         logits.copy_(p.masked_fill_(~valid[:, None], 0.0))
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None,
+) -> None:  # fmt: skip
     """cache[slot // n, slot % n] = row, for caches (m, n, kv_heads, head_dim) of any strides; negative slots skipped.
 
-    Dropping rows would need their count on the host. A skipped row repeats the write of the first row that is not
-    skipped instead; when all are skipped, slot 0 is written with what it holds.
+    With a descale (kv_heads,), round(row / descale) in fp8, what is beyond its range clamped to it. Dropping rows would
+    need their count on the host. A skipped row repeats the write of the first row that is not skipped instead; when all
+    are skipped, slot 0 is written with what it holds.
     """
     if slots.numel() == 0:
         return
@@ -268,9 +272,14 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     source = torch.where(valid, rows, valid.int().argmax())
     slot = slots[source].long().clamp(min=0)
     some = valid.any()
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, cache, descale in ((k, k_cache, k_descale), (v, v_cache, v_descale)):
         at = (slot // cache.shape[1], slot % cache.shape[1])
-        cache[at] = torch.where(some, new[source].to(cache.dtype), cache[at])
+        new = new[source]
+        if descale is not None:
+            largest = torch.finfo(cache.dtype).max
+            new = (new.to(wide(new.dtype)) / descale[:, None]).clamp(-largest, largest)
+            new, cache = new.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)  # fp8 cannot be indexed
+        cache[at] = torch.where(some, new.to(cache.dtype), cache[at])
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -305,3 +314,14 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     before = p.cumsum(-1) - p  # the mass of everything likelier
     keep = ((before < top_p[:, None]) | (top_p[:, None] >= 1)) & (p >= min_p[:, None] * p[:, :1]) | (rank == 0)
     return logits.new_empty(logits.shape).scatter_(1, order, ordered.masked_fill(~keep, float("-inf")))
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor) -> Tensor:
+    """Ids (rows,) of logits (rows, vocab): the argmax of what the filters keep, plus noise; at temperature 0 of all."""
+    greedy = temperature == 0
+    tempered = logits.float() * (1 / torch.where(greedy, 1.0, temperature))[:, None]
+    off = (top_k == 0) & (top_p >= 1) & (min_p == 0)
+    if logits.device.type != "cpu" or not off.all():  # elsewhere nobody waits to learn it
+        tempered = filter_logits(tempered, top_k, top_p, min_p)
+    noisy = tempered.double() + gumbel_noise(seeds, logits.shape[1])
+    return torch.where(greedy, logits.argmax(-1), noisy.argmax(-1))

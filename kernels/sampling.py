@@ -8,13 +8,181 @@ alike (up to the last bits of the logarithm). With Gumbel noise g_j = -log(-log(
     argmax over j of (logit_j / temperature + g_j)
 
 is a draw from the softmax: sampling becomes an argmax, and needs no sum over the vocabulary.
+
+The filters keep a prefix of the logits in descending order, lower ids first among equals, and min_p cuts by value. A
+prefix is its last value and, among the entries equal to it, its last id, so the kernel does not sort. It searches the
+value by bisection, over the ordered bit patterns of the logits' dtype: 16 steps for bf16, each a walk over a row that
+lies in the cache by then, and, only where equals must be divided, the id in the same way.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import check
+from .dispatch import Kernel, check, next_power_of_2, use_triton
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # of a logit in fp32: always zero
+
+
+@Kernel
+def _sample_kernel(
+    logits, temperature, top_k, top_p, min_p, seeds, ids, row_stride, vocab, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_at = logits + row * row_stride
+    offset = tl.arange(0, BLOCK)
+    t = tl.load(temperature + row)
+    greedy = t == 0.0
+    rate = tl.div_rn(1.0, tl.where(greedy, 1.0, t))
+
+    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        at = start + offset
+        largest = tl.maximum(largest, tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32))
+    top = tl.max(largest, axis=0)
+
+    # What is kept: x > cut, and x == cut up to last_id.
+    cut = -float("inf")
+    last_id = vocab
+    for phase in tl.static_range(2):
+        if phase == 0:  # the k likeliest: every entry weighs 1
+            k = tl.load(top_k + row).to(tl.int32)
+            active = (k > 0) & (k < vocab)
+        else:  # the likeliest p of the mass: an entry weighs exp((x - top) / temperature)
+            p = tl.load(top_p + row)
+            active = p < 1.0
+        if active & (greedy == 0):
+            if phase == 0:
+                goal = k.to(tl.float32)
+            else:
+                total = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, vocab, BLOCK):
+                    at = start + offset
+                    x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                    kept = (x > cut) | ((x == cut) & (at <= last_id))
+                    total += tl.where(kept, tl.exp((x - top) * rate), 0.0)
+                goal = p * tl.sum(total, axis=0)
+            # The largest value with at least `goal` at and above it. Bit patterns in the order of the values; above
+            # the cut of the first phase everything is kept, so that need not be asked.
+            low = tl.cast(cut, tl.float32).to(tl.int32, bitcast=True)
+            low = (low ^ ((low >> 31) & 0x7FFFFFFF)) >> SHIFT
+            high = top.to(tl.int32, bitcast=True)
+            high = (high ^ ((high >> 31) & 0x7FFFFFFF)) >> SHIFT
+            while low < high:
+                middle = high - ((high.to(tl.int64) - low) >> 1).to(tl.int32)
+                pattern = middle << SHIFT
+                value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+                mass = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, vocab, BLOCK):
+                    at = start + offset
+                    x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                    if phase == 0:
+                        weight = 1.0
+                    else:
+                        weight = tl.exp((x - top) * rate)
+                    mass += tl.where(x >= value, weight, 0.0)
+                enough = tl.sum(mass, axis=0) >= goal
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle - 1)
+            pattern = low << SHIFT
+            value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            above = tl.zeros((BLOCK,), tl.float32)
+            ties = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, vocab, BLOCK):
+                at = start + offset
+                x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                if phase == 0:
+                    weight = 1.0
+                else:
+                    weight = tl.exp((x - top) * rate)
+                above += tl.where(x > value, weight, 0.0)
+                ties += ((x == value) & (at < vocab) & ((x > cut) | (at <= last_id))).to(tl.int32)
+            weight = 1.0
+            if phase == 1:
+                weight = tl.exp((value - top) * rate)
+            count = tl.sum(ties, axis=0)
+            need = tl.ceil((goal - tl.sum(above, axis=0)) / tl.maximum(weight, 1e-30))
+            need = tl.maximum(tl.minimum(need, count.to(tl.float32)), 1.0).to(tl.int32)
+            if need < count:  # the id of the last of these equals
+                low = tl.cast(0, tl.int32)
+                high = tl.cast(vocab - 1, tl.int32)
+                while low < high:
+                    middle = (low + high) >> 1
+                    equals = tl.zeros((BLOCK,), tl.int32)
+                    for start in range(0, vocab, BLOCK):
+                        at = start + offset
+                        x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                        equals += ((x == value) & (at <= middle)).to(tl.int32)
+                    enough = tl.sum(equals, axis=0) >= need
+                    low = tl.where(enough, low, middle + 1)
+                    high = tl.where(enough, middle, high)
+                last_id = low
+            elif value > cut:
+                last_id = vocab
+            cut = value
+
+    threshold = tl.load(min_p + row)
+    state = tl.load(seeds + row)
+    state = (state ^ ((state >> 33) & 0x7FFFFFFF)) * -49064778989728563
+    state = (state ^ ((state >> 33) & 0x7FFFFFFF)) * -4265267296055464877
+    state = state ^ ((state >> 33) & 0x7FFFFFFF)
+    best = tl.full((BLOCK,), -float("inf"), tl.float32)
+    best_id = offset
+    for start in range(0, vocab, BLOCK):
+        at = start + offset
+        x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+        score = x
+        if greedy == 0:
+            kept = (x > cut) | ((x == cut) & (at <= last_id))
+            kept = kept & ((tl.exp((x - top) * rate) >= threshold) | (x == top))
+            bits = state + (at + 1).to(tl.int64) * -7046029254386353131
+            bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * -49064778989728563
+            bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * -4265267296055464877
+            bits = ((bits ^ ((bits >> 33) & 0x7FFFFFFF)) >> 12) & 0xFFFFFFFFFFFFF
+            # -log u, exponentially distributed, of u = (bits + 1/2) / 2^52. Near 1, u has no digits left in fp32: there
+            # it is -log(1 - v), with the error of 1 - v taken out again (Kahan).
+            near_one = bits >= 0x8000000000000
+            v = (tl.where(near_one, 0xFFFFFFFFFFFFF - bits, bits).to(tl.float32) + 0.5) * 2.220446049250313e-16
+            u = tl.where(near_one, 1.0 - v, v)
+            exponential = -tl.log(u)
+            corrected = tl.where(u == 1.0, v, exponential * (v / tl.where(u == 1.0, 1.0, 1.0 - u)))
+            exponential = tl.where(near_one, corrected, exponential)
+            score = tl.where(kept, x * rate - tl.log(exponential), -float("inf"))
+        better = score > best
+        best = tl.where(better, score, best)
+        best_id = tl.where(better, at, best_id)
+    winner = tl.max(best, axis=0)
+    found = tl.min(tl.where(best == winner, best_id, vocab - 1), axis=0)
+    tl.store(ids + row, found.to(tl.int64))
+
+
+@torch.library.custom_op("deepseek_coder::sample", mutates_args=())
+def _sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor) -> Tensor:
+    """-> ids (rows,) int64; every parameter (rows,): fp32, but int64 top_k and seeds."""
+    rows, vocab = logits.shape
+    unsupported = "the Triton kernels do not compute in float64" if logits.dtype == torch.float64 else None
+    if not use_triton(logits, unsupported):
+        return reference.sample(logits, temperature, top_k, top_p, min_p, seeds)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        _sample_kernel[(rows,)](
+            logits, temperature, top_k, top_p, min_p, seeds, ids, logits.stride(0), vocab,
+            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(4096, next_power_of_2(vocab)), num_warps=16,
+        )  # fmt: skip
+    return ids
+
+
+@_sample.register_fake
+def _(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -47,18 +215,17 @@ def sample(
     for name, (value, low, high) in ranges.items():
         if not isinstance(value, Tensor) and not low <= value <= high:
             raise ValueError(f"sample: {name} {value} is outside [{low}, {high}]")
+    check(logits.shape[1] > 0, lambda: "sample: no logits to choose from")
     if not isinstance(temperature, Tensor) and temperature == 0:
         return logits.argmax(-1)
-    t = _per_row(temperature, logits, torch.float32, "temperature")
-    greedy = t == 0
-    tempered = logits.float() / torch.where(greedy, 1.0, t)[:, None]
-    if any(isinstance(value, Tensor) for value in (top_k, top_p, min_p)) or top_k != 0 or top_p != 1 or min_p != 0:
-        k = _per_row(top_k, logits, torch.int64, "top_k")
-        p = _per_row(top_p, logits, torch.float32, "top_p")
-        m = _per_row(min_p, logits, torch.float32, "min_p")
-        tempered = reference.filter_logits(tempered, k, p, m)
-    noise = reference.gumbel_noise(_per_row(seeds, logits, torch.int64, "seeds"), logits.shape[1])
-    return torch.where(greedy, logits.argmax(-1), (tempered.double() + noise).argmax(-1))
+    return _sample(
+        logits,
+        _per_row(temperature, logits, torch.float32, "temperature"),
+        _per_row(top_k, logits, torch.int64, "top_k"),
+        _per_row(top_p, logits, torch.float32, "top_p"),
+        _per_row(min_p, logits, torch.float32, "min_p"),
+        _per_row(seeds, logits, torch.int64, "seeds"),
+    )
 
 
 def _per_row(value: float | Tensor, logits: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -70,4 +237,4 @@ def _per_row(value: float | Tensor, logits: Tensor, dtype: torch.dtype, name: st
         lambda: f"sample: {name} {tuple(value.shape)} is not one for each of {rows} rows",
     )
     check(value.device == logits.device, lambda: f"sample: {name} on {value.device}, logits on {logits.device}")
-    return value.to(dtype).expand(rows)
+    return value.to(dtype).expand(rows).contiguous()

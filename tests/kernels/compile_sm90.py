@@ -28,9 +28,9 @@ from kernels import dispatch
 
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1",
+    torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -81,14 +81,23 @@ def inspect_binary(cubin):
             for tool, flag in (("cuobjdump", "-sass"), ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     operations = collections.Counter(
-        re.findall(r"\b(HGMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|UTMALDG|UTMAREDG|USETMAXREG)\b", sass)
+        re.findall(
+            r"\b(HGMMA|HMMA|LDL|STL|ATOM|ATOMG|RED|REDG|LDGSTS|ACQBULK|PREEXIT|UTMALDG|UTMAREDG|USETMAXREG)\b", sass
+        )
     )
+    wide = len(re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\.(?:\S+\.)?128\b", sass))  # 16 bytes a thread
     stack = re.search(r"STACK:(\d+)", usage)
     registers = re.search(r"REG:(\d+)", usage)
     assert stack, usage
     assert registers, usage
     loops = innermost_loops(labelled)
-    return {"stack": int(stack[1]), "registers": int(registers[1]), "operations": operations, "loops": loops}
+    return {
+        "stack": int(stack[1]),
+        "registers": int(registers[1]),
+        "operations": operations,
+        "wide": wide,
+        "loops": loops,
+    }
 
 
 def assembler_warnings(ptx):
@@ -111,7 +120,7 @@ def run_ops(dtype, head_dim):
             qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal
         )  # fmt: skip
         out.sum().backward()
-    kernels.apply_rope(qkv.detach(), torch.arange(tokens), heads, kv_heads, 1e5, 4.0)
+    kernels.apply_rope(torch.zeros(tokens, 48 * head_dim, dtype=dtype), torch.arange(tokens), 16, 16, 1e5, 4.0)
     x, weight = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((tokens, width), (width,)))
     kernels.rms_norm(x, weight, 1e-6).sum().backward()
     sum(y.sum() for y in kernels.rms_norm(x, weight, 1e-6, x)).backward()
@@ -119,6 +128,31 @@ def run_ops(dtype, head_dim):
     vocabulary = torch.zeros(32256, width, dtype=dtype, requires_grad=True)
     kernels.linear_cross_entropy(x.detach()[:2], vocabulary.detach(), torch.arange(2))
     kernels.linear_cross_entropy(x[:2], vocabulary.detach(), torch.arange(2))
+    kernels.sample(torch.zeros(2, 32256, dtype=dtype), 0.8, 50, 0.95, 0.01, 1)
+
+
+def run_decode(dtype, head_dim):
+    """One query over pages and without, groups of heads, guesses to verify, a chunk of a prompt, an fp8 cache."""
+    decode = importlib.import_module("kernels.attention.decode")
+    decode._slots = lambda _: 264
+    seqlens, table = torch.tensor([40]), torch.zeros(1, 1024, dtype=torch.int32)
+    for heads, kv_heads, queries, page in ((4, 4, 1, 16), (4, 4, 1, 0), (14, 2, 1, 16), (32, 1, 1, 16), (14, 2, 16, 16),
+                                           (4, 4, 300, 16)):  # fmt: skip
+        q = torch.zeros(1, queries, heads, head_dim, dtype=dtype)
+        cache = torch.zeros(*((4, page) if page else (1, 16384)), kv_heads, head_dim, dtype=dtype)
+        pages = table if page else None
+        kernels.flash_attn_with_kvcache(q, cache, cache, None, None, seqlens, pages, causal=queries > 1)
+        k = torch.zeros(queries, kv_heads, head_dim, dtype=dtype)
+        kernels.write_kv(k, k, cache, cache, torch.arange(queries))
+    kernels.flash_attn_with_kvcache(q, cache, cache, k[None], k[None], seqlens, table)
+    quantised, descale = cache.to(torch.float8_e4m3fn), torch.ones(kv_heads)
+    kernels.flash_attn_with_kvcache(
+        q[:, :1], quantised, quantised, k[None, :1], k[None, :1], seqlens, table, k_descale=descale, v_descale=descale
+    )
+    qkv = torch.zeros(300, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    at = torch.arange(300)
+    kernels.apply_rope_and_write_kv(qkv, at, heads, kv_heads, 1e5, 4.0, cache, cache, at)
+    kernels.apply_rope_and_write_kv(qkv, at, heads, kv_heads, 1e5, 4.0, quantised, quantised, at, descale, descale)
 
 
 def run_attention(dtype, head_dim):
@@ -152,19 +186,21 @@ def innermost_loops(sass):
     return [{name: len(re.findall(rf"\b{name}\b", body)) for name in ("HGMMA", "LDL", "STL")} for _, _, body in inner]
 
 
-def main(dtype, head_dim, hopper):
+def main(dtype, head_dim, what):
     launches = []
     record(launches)
-    for module in ("attention", "norm", "rope", "swiglu", "loss"):
+    for module in ("attention", "norm", "rope", "swiglu", "loss", "kv_cache", "sampling"):
         importlib.import_module(f"kernels.{module}").use_triton = lambda *_: True
+    for module in ("attention.decode", "norm"):
+        importlib.import_module(f"kernels.{module}").early_launch = lambda _: True
     assert not dispatch.interpreting()
     attention = importlib.import_module("kernels.attention")
-    attention.use_hopper = lambda *_: hopper == "hopper"
-    if hopper == "hopper":
+    attention.use_hopper = lambda *_: what == "hopper"
+    if what == "hopper":
         importlib.import_module("kernels.attention.hopper")._multiprocessors = lambda _: 132
         run_attention(getattr(torch, dtype), int(head_dim))
     else:
-        run_ops(getattr(torch, dtype), int(head_dim))
+        {"ops": run_ops, "decode": run_decode}[what](getattr(torch, dtype), int(head_dim))
     done = set()
     for kernel, args, kwargs in launches:
         src, options = source(kernel, args, dict(kwargs))

@@ -13,8 +13,10 @@ import pytest
 ATTENTION = "kernels.attention.portable."
 KERNELS = {
     *(ATTENTION + name for name in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel", "_add_parts_kernel")),
-    "kernels.norm._forward_kernel", "kernels.norm._backward_kernel", "kernels.rope._kernel",
+    "kernels.norm._forward_kernel", "kernels.norm._backward_kernel", "kernels.norm._finish_kernel",
+    "kernels.rope._kernel",
     "kernels.swiglu._forward_kernel", "kernels.swiglu._backward_kernel", "kernels.loss._cross_entropy_kernel",
+    "kernels.sampling._sample_kernel",
 }  # fmt: skip
 
 
@@ -53,9 +55,11 @@ def compiled(dtype, head_dim, what="ops", older=False):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_without_spills(head_dim):
-    reports = compiled("bfloat16", head_dim)
+def test_compiles_without_spills(head_dim, older):
+    reports = compiled("bfloat16", head_dim, "ops", older)
     assert {report["kernel"] for report in reports} == KERNELS
     for report in reports:
         assert report["target"] == "sm_90a"
@@ -64,11 +68,13 @@ def test_compiles_without_spills(head_dim):
         assert not any(name.startswith(("ATOM", "RED")) for name in operations), (
             report
         )  # they would not be deterministic
-        # cos and sin keep a table on the stack for the reduction of angles beyond 10^5; no position comes near that
-        if report["kernel"] != "kernels.rope._kernel":
-            # dK and dV take all registers at head_dim 128: a few numbers made once a program lie in local memory
-            assert report["stack"] <= (40 if report["kernel"] == ATTENTION + "_dkdv_kernel" else 0), report
-            assert all(loop["LDL"] + loop["STL"] == 0 for loop in report["loops"]), report
+        # dK and dV take all registers at head_dim 128: a few numbers made once a program lie in local memory
+        assert report["stack"] <= (40 if report["kernel"] == ATTENTION + "_dkdv_kernel" else 0), report
+        assert all(loop["LDL"] + loop["STL"] == 0 for loop in report["loops"]), report
+        if not report["kernel"].startswith(ATTENTION):
+            assert report["wide"] >= 2, report  # rows are read and written 16 bytes at a time
+        if report["kernel"] == "kernels.norm._backward_kernel":
+            assert operations["LDGSTS"] > 0  # rows come while others are reduced
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -81,6 +87,36 @@ def test_attention_uses_the_tensor_cores(head_dim, kernel):
         assert report["flags"]["BLOCK_M"] > 16
         if report["flags"]["CAUSAL"]:
             assert report["warnings"] == [], "matrix products that wait for each other"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 128), ("float16", 64)])
+def test_decode_kernels(dtype, head_dim, older):
+    """Tensor cores for every number of heads and queries; K and V come 16 bytes at a time, asynchronously; two programs
+    fit a multiprocessor while few rows are asked for."""
+    reports = compiled(dtype, head_dim, "decode", older)
+    assert {report["version"] == OLDER for report in reports} == {older}
+    names = {report["kernel"].rsplit(".", 1)[1] for report in reports}
+    assert names == {"_split_kernel", "_combine_kernel", "_write_kernel", "_kernel"}
+    for report in reports:
+        operations = report["operations"]
+        assert not any(name.startswith(("ATOM", "RED")) for name in operations), report
+        assert report["stack"] == 0, report
+        if report["kernel"] == "kernels.attention.decode._combine_kernel":
+            assert operations["ACQBULK"] == 1  # launched early, it waits for the ranges
+        if report["kernel"] != "kernels.attention.decode._split_kernel":
+            continue
+        assert operations["PREEXIT"] == 1
+        flags = report["flags"]
+        assert operations["LDGSTS"] > 0
+        if flags["BLOCK_M"] <= 32:
+            assert operations["HMMA"] > 0
+            assert report["shared"] <= 113 * 1024
+            assert report["wide"] >= (16 if flags["DESCALE"] else 64)
+        else:
+            assert operations["HGMMA"] > 0
+            assert report["shared"] <= 227 * 1024
 
 
 HOPPER = "kernels.attention.hopper"

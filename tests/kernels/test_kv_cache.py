@@ -1,9 +1,25 @@
 import pytest
 import torch
 
-from kernels import flash_attn_func, flash_attn_with_kvcache, reference, write_kv
+from kernels import (
+    apply_rope,
+    apply_rope_and_write_kv,
+    backend,
+    flash_attn_func,
+    flash_attn_with_kvcache,
+    reference,
+    write_kv,
+)
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+@pytest.fixture(autouse=True, params=["triton", "reference"])
+def each_backend(request, device):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with backend(request.param):
+        yield request.param
 
 
 def random_caches(device, *shape):
@@ -61,8 +77,10 @@ def masked_instead(q, k_cache, v_cache, lengths, *rest):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("page", [None, 1, 4])
 @pytest.mark.parametrize("queries,new", [(1, 1), (5, 5), (3, 0), (2, 7)])
-def test_attention_over_the_cache(device, monkeypatch, queries, new, page, causal, masked):
-    """Against attention over the plain concatenation; `masked` is the way of GPUs: the host knows no length."""
+def test_attention_over_the_cache(device, monkeypatch, each_backend, queries, new, page, causal, masked):
+    """Against attention over the plain concatenation; `masked`: the reference as on GPUs, where it knows no length."""
+    if masked and each_backend != "reference":
+        return
     monkeypatch.setattr(reference, "ROWS", 2)
     starts, max_len = torch.tensor([0, 9, 3], device=device), 16
     q = torch.randn(3, queries, HEADS, HEAD_DIM, device=device)
@@ -127,6 +145,52 @@ def test_no_waiting_for_the_gpu(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("page", [1, 3])
+def test_rotate_and_write(device, page):
+    """The same as rotating, splitting and writing; v is not rotated, and a skipped row rotates nevertheless."""
+    qkv = torch.randn(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device=device)
+    positions, slots = torch.tensor([7, 0, 3, 1, 2], device=device), torch.tensor([6, -1, 0, -5, 11], device=device)
+    caches = random_caches(device, 12 // page, page)
+    expected_caches = [x.clone() for x in caches]
+    expected = apply_rope(qkv.clone(), positions, HEADS, KV_HEADS, 1e4, 2.0)
+    _, k, v = expected.unflatten(1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], 1)
+    write_kv(k, v, *expected_caches, slots)
+    result = apply_rope_and_write_kv(qkv, positions, HEADS, KV_HEADS, 1e4, 2.0, *caches, slots)
+    assert result.data_ptr() == qkv.data_ptr()
+    for one, other in zip((qkv, *caches), (expected, *expected_caches), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_write_fp8(device):
+    """Multiples of a quarter below 4 are exact in e4m3; what is beyond its range is clamped."""
+    k, v = (torch.randint(-15, 16, (4, KV_HEADS, HEAD_DIM), device=device) / 4 for _ in range(2))
+    k[0, 0, 0] = -1e4
+    qkv = torch.cat([torch.zeros(4, HEADS, HEAD_DIM, device=device), k, v], 1).flatten(1)
+    slots, positions = torch.tensor([3, 5, -1, 0], device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    descales = torch.tensor([2.0, 0.5], device=device), torch.tensor([0.25, 1.0], device=device)
+    for rotate in (False, True):
+        caches = [torch.zeros(2, 3, KV_HEADS, HEAD_DIM, device=device).to(torch.float8_e4m3fn) for _ in range(2)]
+        if rotate:  # by nothing, at position 0
+            apply_rope_and_write_kv(qkv.clone(), positions, HEADS, KV_HEADS, 1e4, 1.0, *caches, slots, *descales)
+        else:
+            write_kv(k, v, *caches, slots, *descales)
+        for x, cache, descale in zip((k, v), caches, descales, strict=True):
+            expected = torch.zeros(6, KV_HEADS, HEAD_DIM, device=device)
+            expected[[3, 5, 0]] = x[[0, 1, 3]].clamp(min=-448 * descale[0])
+            assert torch.equal(cache.float().flatten(0, 1) * descale[:, None], expected)
+
+
+def test_opcheck(each_backend, device):
+    caches = random_caches(device, 4, 3)
+    k, v = random_caches(device, 5)
+    slots, op = torch.tensor([6, -1, 0, 2, 11], device=device), torch.ops.deepseek_coder
+    torch.library.opcheck(op.write_kv.default, (k, v, *caches, slots, None, None))
+    seqlens, table = torch.tensor([1], device=device, dtype=torch.int32), torch.tensor([[2, 1]], device=device).int()
+    torch.library.opcheck(op.append_kv.default, (k[None], v[None], *caches, seqlens, table, None, None))
+    qkv, positions = torch.randn(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device=device), torch.arange(5, device=device)
+    torch.library.opcheck(op.rope_write_kv.default, (qkv, positions, *caches, slots, HEADS, 1e4, 1.0, None, None))
+
+
 def test_errors():
     k_cache, v_cache = random_caches("cpu", 2, 8)
     k, v = random_caches("cpu", 2, 3)
@@ -141,5 +205,10 @@ def test_errors():
         flash_attn_with_kvcache(q, k_cache, v_cache, block_table=torch.zeros(1, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="slot_mapping"):
         write_kv(k[0], v[0], k_cache, v_cache, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="needs k_descale"):
+        write_kv(k[0], v[0], *(x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache)), torch.zeros(3, dtype=torch.long))
+    qkv, positions = torch.zeros(3, 6 * HEAD_DIM), torch.arange(3)
+    with pytest.raises(ValueError, match="heads of 16 do not fit the cache"):
+        apply_rope_and_write_kv(qkv, positions, 4, 1, 1e4, 1.0, k_cache, v_cache, positions)
     with pytest.raises(ValueError, match="the caches"):
         write_kv(k[0].half(), v[0].half(), k_cache, v_cache, torch.zeros(3, dtype=torch.int64))

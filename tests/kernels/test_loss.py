@@ -105,7 +105,8 @@ def test_only_the_gradients_that_are_needed(triton, device):
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
     op = torch.ops.deepseek_coder.linear_cross_entropy
     for need_hidden, need_weight in ((True, False), (False, True), (False, False)):
-        _, _, dhidden, dweight = op(hidden, weight, targets, -100, 0.0, need_hidden, need_weight)
+        _, _, dhidden, dweight, logits = op(hidden, weight, targets, -100, 0.0, need_hidden, need_weight, False)
+        assert logits.numel() == 0
         assert (dhidden.numel() > 0, dweight.numel() > 0) == (need_hidden, need_weight)
     with torch.no_grad():
         assert not linear_cross_entropy(hidden.requires_grad_(), weight, targets)[0].requires_grad
@@ -116,16 +117,55 @@ def test_target_outside_the_vocabulary_shows(triton, device):
     assert linear_cross_entropy(hidden, weight, torch.tensor([1, 9], device=device))[0].isnan()
 
 
+def test_logits_on_request(triton, device, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
+    hidden.requires_grad_()
+    loss, count, logits = linear_cross_entropy(hidden, weight, targets, return_logits=True)
+    torch.testing.assert_close(logits, hidden @ weight.t())
+    assert not logits.requires_grad
+    assert torch.equal(torch.stack(linear_cross_entropy(hidden, weight, targets)), torch.stack([loss, count.float()]))
+    torch.autograd.grad(loss, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_factor_is_not_rounded(triton, device, dtype):
+    """1 / 3 in 16 bits would be off by more than the gradient's own rounding, everywhere in the same direction."""
+    hidden, weight, targets = inputs(torch.float32, 64, 4, 9, device)
+    hidden = hidden.to(dtype).requires_grad_()
+    with backend("reference"):
+        loss, _ = linear_cross_entropy(hidden, weight.to(dtype), targets)
+    (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (third,) = torch.autograd.grad(loss / 3, hidden)
+    assert torch.equal(third, (one.float() * torch.tensor(1 / 3, device=device)).to(dtype))
+
+
 def test_opcheck(opcheck, device):
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
-    opcheck("linear_cross_entropy", hidden, weight, targets, -100, 0.1, False, False)
-    opcheck("linear_cross_entropy", hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 0.1, True, True)
+    opcheck("linear_cross_entropy", hidden, weight, targets, -100, 0.1, False, False, True)
+    opcheck(
+        "linear_cross_entropy", hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 0.1, True, True, False
+    )
+    gradient = torch.randn(3, 4, device=device).half()
+    opcheck("linear_cross_entropy_backward", torch.tensor(0.3, device=device), gradient, torch.half)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiled(triton, device, check_compiled, compiler):
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
     check_compiled(lambda h, w: linear_cross_entropy(h.sin(), w, targets)[0] / 5, hidden, weight, compiler=compiler)
+
+    def normalised(h, w):  # elsewhere a compiled loss was silently wrong where targets were ignored
+        loss, count = linear_cross_entropy(h.sin(), w, targets)
+        return loss / count
+
+    check_compiled(normalised, hidden, weight, compiler=compiler)
+    leaf = hidden.clone().requires_grad_()
+    expected = plain(leaf.sin(), weight, targets) / (targets != -100).sum()
+    got = torch.compile(normalised, fullgraph=True, backend=compiler)(leaf, weight)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(torch.autograd.grad(got, leaf), torch.autograd.grad(expected, leaf), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_errors():

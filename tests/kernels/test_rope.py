@@ -110,9 +110,8 @@ def test_leaf_is_refused(triton, device):
 
 
 def test_opcheck(opcheck, device):
-    frequencies = fp32_frequencies(16, 1e4, 1.0, device)
     for inverse in (False, True):
-        arguments = torch.arange(5, device=device), frequencies, 6, inverse
+        arguments = torch.arange(5, device=device), 6, 16, 1e4, 2.0, inverse
         opcheck("rope_", torch.randn(5, 8 * 16, device=device), *arguments)
         opcheck("rope", torch.randn(5, 8 * 16, device=device, requires_grad=True), *arguments)
 
@@ -138,6 +137,32 @@ def test_compiled(triton, device, check_compiled, gradients, compiler, use_resul
     if use_result:
         for one, other in zip(got, gradients(lambda *x: function(*x, rope=complex_rotation), inputs), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_from_documents(device):
+    """Each document is rotated as if it stood alone; empty documents and a repeated end do not matter."""
+    lengths = [3, 0, 1, 5, 0, 0]
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    qkv = torch.randn(9, 8 * 16, device=device)
+    expected = [rotated_copy(x, torch.arange(len(x), device=device), 4, 2, 1e4, 1.0) for x in qkv.split(lengths)]
+    assert torch.equal(apply_rope(qkv.clone(), None, 4, 2, 1e4, 1.0, cu_seqlens=cu), torch.cat(expected))
+    with pytest.raises(ValueError, match="one of them"):
+        apply_rope(qkv, torch.arange(9, device=device), 4, 2, 1e4, 1.0, cu_seqlens=cu)
+    with pytest.raises(ValueError, match="is not int32"):
+        apply_rope(qkv, None, 4, 2, 1e4, 1.0, cu_seqlens=cu.long())
+
+
+@pytest.mark.gpu
+def test_frequencies_made_in_a_graph_are_not_kept(device):
+    qkv, positions = torch.randn(3, 3 * 16, device=device), torch.arange(3, device=device)
+    graph = torch.cuda.CUDAGraph()
+    apply_rope(qkv.clone(), positions, 1, 1, 1e4, 1.0)  # compiled; other frequencies than the graph's
+    with torch.cuda.graph(graph):
+        captured = apply_rope(qkv.clone(), positions, 1, 1, 12345.0, 1.0)
+    expected = apply_rope(qkv.clone(), positions, 1, 1, 12345.0, 1.0)
+    graph.replay()
+    assert torch.equal(captured, expected)
+    assert torch.equal(expected, apply_rope(qkv.clone(), positions, 1, 1, 12345.0, 1.0))
 
 
 def test_errors():

@@ -1,11 +1,33 @@
 """Sampling: the distribution, each filter, and that no row knows its neighbours."""
 
+import math
+
 import pytest
 import torch
 
-from kernels import reference, sample
+from kernels import backend, reference, sample
 
 ROW = torch.tensor([1.0, 3.0, 0.5, 2.0, 2.9, -4.0])
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.gpu)])  # too many draws to interpret
+def each_backend(request):
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def kernel_and_reference(device):
+    """Arguments of sample -> the ids of the Triton kernel and of the reference, which sorts."""
+    pytest.importorskip("triton")
+
+    def both(*arguments):
+        with backend("triton"):
+            ours = sample(*arguments)
+        with backend("reference"):
+            return ours, sample(*arguments)
+
+    return both
 
 
 def draws(row, count=20000, **parameters):
@@ -23,7 +45,7 @@ def chi_square(counts, probabilities):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_distribution(device, temperature):
+def test_distribution(each_backend, device, temperature):
     counts = draws(ROW.to(device), temperature=temperature)
     # 5 degrees of freedom: 20.5 is exceeded once in a thousand
     assert chi_square(counts, torch.softmax(ROW / temperature, -1)) < 20.5
@@ -45,7 +67,7 @@ def test_distribution(device, temperature):
         ({"top_p": 0.45, "temperature": 0.1}, [1]),  # the filters see the tempered distribution
     ],
 )
-def test_filters(device, parameters, kept):
+def test_filters(each_backend, device, parameters, kept):
     counts = draws(ROW.to(device), **parameters)
     masked = torch.full_like(ROW, float("-inf"))
     masked[kept] = ROW[kept] / parameters.get("temperature", 1.0)
@@ -58,7 +80,7 @@ def test_ties_are_cut_by_id():
     assert kept.isfinite().tolist() == [[True, True, False, False]]
 
 
-def test_rows_do_not_know_each_other(device):
+def test_rows_do_not_know_each_other(each_backend, device):
     """Every row alone gives what it gives in the batch; parameters as tensors give what they give as numbers."""
     rows = 16
     logits = torch.randn(rows, 1000, device=device) * 3
@@ -77,17 +99,100 @@ def test_rows_do_not_know_each_other(device):
     assert torch.equal(back.flip(0), together)
 
 
-def test_temperature_zero_is_argmax(device):
+def test_temperature_zero_is_argmax(each_backend, device):
     logits = torch.randn(5, 33, device=device)
     assert torch.equal(sample(logits, 0.0, 0, 1.0, 0.0, 1), logits.argmax(-1))
     mixed = sample(logits, torch.tensor([0.0, 1, 0, 1, 0], device=device), 0, 1.0, 0.0, 1)
     assert torch.equal(mixed[::2], logits.argmax(-1)[::2])
 
 
-def test_masked_tokens_are_never_drawn(device):
+def test_masked_tokens_are_never_drawn(each_backend, device):
     row = torch.tensor([0.0, float("-inf"), 0.0], device=device)
     assert draws(row, count=2000, temperature=3.0)[1] == 0
     assert draws(row, count=2000, top_p=0.99)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows,vocab", [(12, 33), (4, 5000), pytest.param(2000, 32256, marks=pytest.mark.gpu)])
+def test_kernel_is_the_reference(kernel_and_reference, device, rows, vocab, dtype):
+    """The same ids, whatever is filtered; few distinct values, so that cuts go through equals."""
+    for values in (3.0, 0.5):
+        logits = (torch.randn(rows, vocab, device=device) * 4 / values).round().mul(values).to(dtype)
+        if values == 3.0:
+            logits = (torch.randn(rows, vocab, device=device) * 3).to(dtype)
+        arguments = (
+            torch.linspace(0, 2, rows, device=device),
+            torch.randint(0, vocab + 5, (rows,), device=device) * torch.randint(0, 2, (rows,), device=device),
+            torch.rand(rows, device=device).masked_fill(torch.rand(rows, device=device) < 0.2, 1.0),
+            torch.rand(rows, device=device).pow(4).masked_fill(torch.rand(rows, device=device) < 0.3, 0.0),
+            torch.randint(-(2**62), 2**62, (rows,), device=device),
+        )
+        ours, expected = kernel_and_reference(logits, *arguments)
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("k,p", [(3, 1.0), (0, 0.5), (5, 0.5), (1, 0.0)])
+def test_equals_are_cut_by_id(each_backend, device, k, p):
+    """All alike: the first k, and of these the first p."""
+    kept = max(1, math.ceil((k or 8) * p))
+    counts = draws(torch.zeros(8, device=device), count=300, top_k=k, top_p=p)
+    assert (counts[:kept] > 0).all()
+    assert counts[kept:].sum() == 0
+
+
+def test_ends_of_the_range(kernel_and_reference, device):
+    """Infinite and huge logits, zeros of both signs, a single entry, rows of nothing but -inf."""
+    infinity = float("inf")
+    rows = 64 if device == "cuda" else 3
+    for row in ([-infinity, -infinity, 0.0], [-0.0, 0.0, -0.0, -1.0], [3e38, -3e38, 1e38], [2.0], [-infinity] * 3):
+        logits = torch.tensor([row] * rows, device=device)
+        for k, p, m in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.6, 0.0), (2, 0.6, 0.1)):
+            ours, expected = kernel_and_reference(logits, 1.0, k, p, m, torch.arange(rows, device=device))
+            if row[0] == -infinity and row[-1] == -infinity:
+                assert ((ours >= 0) & (ours < len(row))).all()  # nothing is likely: any id, but an id
+            else:
+                assert torch.equal(ours, expected)
+
+
+def test_opcheck(each_backend, device):
+    rows = torch.ones(3, device=device)
+    arguments = rows, rows.long() * 4, rows * 0.9, rows * 0.01, rows.long()
+    torch.library.opcheck(torch.ops.deepseek_coder.sample.default, (torch.randn(3, 40, device=device), *arguments))
+
+
+def test_compiled(each_backend, device):
+    logits = torch.randn(3, 40, device=device)
+
+    def choose(x):
+        return sample(x * 2, 0.7, 5, 0.9, 0.0, torch.arange(3, device=device))
+
+    assert torch.equal(torch.compile(choose, fullgraph=True, backend="aot_eager")(logits), choose(logits))
+
+
+@pytest.mark.gpu
+def test_graph(device):
+    """Captured once, replayed for other logits, parameters and seeds; nothing waits for the GPU."""
+    logits = torch.randn(4, 32256, device=device, dtype=torch.bfloat16)
+    parameters = [torch.full((4,), x, device=device) for x in (0.8, 0.9, 0.0)]
+    seeds = torch.arange(4, device=device)
+
+    def step():
+        return sample(logits, parameters[0], 50, parameters[1], parameters[2], seeds)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = step()
+    for seed in range(5):
+        logits.normal_()
+        parameters[0].uniform_(0, 2)
+        seeds.fill_(seed)
+        graph.replay()
+        assert torch.equal(ids.clone(), step())
 
 
 def test_noise_is_uniform_and_fixed():
