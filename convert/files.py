@@ -8,6 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = {dtype: name for name, dtype in DTYPES.items()}
-_AGAIN = "download it again"
+AGAIN = "download it again"
 
 
 def open_tensors(file: Path) -> "TensorFile":
@@ -50,17 +51,17 @@ def check_tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-class TensorFile:
+class TensorFile(ABC):
     """An open file of tensors."""
 
+    @abstractmethod
     def contents(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Tensor name -> shape and stored format."""
-        raise NotImplementedError
 
-    def tensor(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, mapped files need none
         pass
 
 
@@ -119,7 +120,7 @@ class explained:
                     f"{file}: is a Git LFS pointer, not weights; run `git lfs pull` in its folder"
                 ) from None
         if isinstance(error, SafetensorError):
-            raise ValueError(f"{file}: truncated or corrupt safetensors ({first_line(error)}); {_AGAIN}") from None
+            raise ValueError(f"{file}: truncated or corrupt safetensors ({first_line(error)}); {AGAIN}") from None
         if isinstance(error, pickle.UnpicklingError):
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = (
@@ -128,7 +129,7 @@ class explained:
                 else "because this pickle holds more than tensors, or is damaged"
             )
             raise ValueError(f"{file}: refused, {reason}; use the safetensors weights") from None
-        raise ValueError(f"{file}: truncated or corrupt PyTorch file; {_AGAIN}") from None
+        raise ValueError(f"{file}: truncated or corrupt PyTorch file; {AGAIN}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -140,7 +141,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: corrupt JSON ({first_line(error)}); {_AGAIN}") from None
+        raise ValueError(f"{file}: corrupt JSON ({first_line(error)}); {AGAIN}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds {type(content).__name__} instead of a JSON object; {_AGAIN}")
+        raise ValueError(f"{file}: holds {type(content).__name__} instead of a JSON object; {AGAIN}")
     return content

@@ -19,10 +19,10 @@ import torch
 from . import names
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check
 from .config import normalise_config
+from .files import AGAIN
 from .gguf_tokenizer import build_tokenizer_files
 from .rope import to_half_split
 
-_AGAIN = "download it again"
 _STRING, _ARRAY = 8, 9
 # GGUF value type -> numpy dtype, for everything of fixed size.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -138,7 +138,7 @@ class _Header:
     def read(self) -> tuple[dict[str, Any], dict[str, Stored]]:
         """The metadata, and the tensors under their GGUF names."""
         if bytes(self._data[:4]) != b"GGUF":
-            raise ValueError(f"{self._path}: is no GGUF file (it does not begin with GGUF); {_AGAIN}")
+            raise ValueError(f"{self._path}: is no GGUF file (it does not begin with GGUF); {AGAIN}")
         self._at = 4
         version = self._unpack("<I")
         if version not in (2, 3):
@@ -177,7 +177,7 @@ class _Header:
             if offset % alignment or name in tensors:
                 raise self._corrupt(f"tensor {name} twice or out of line")
             if begin + size > len(self._data):
-                raise ValueError(f"{self._path}: truncated, tensor {name} ends after the end of the file; {_AGAIN}")
+                raise ValueError(f"{self._path}: truncated, tensor {name} ends after the end of the file; {AGAIN}")
             tensors[name] = Stored(shape, kind, begin, size)
         return tensors
 
@@ -231,10 +231,10 @@ class _Header:
 
     def _need(self, size: int) -> None:
         if size > len(self._data) - self._at:
-            raise ValueError(f"{self._path}: truncated or corrupt GGUF header at byte {self._at}; {_AGAIN}")
+            raise ValueError(f"{self._path}: truncated or corrupt GGUF header at byte {self._at}; {AGAIN}")
 
     def _corrupt(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: corrupt GGUF header ({what}); {_AGAIN}")
+        return ValueError(f"{self._path}: corrupt GGUF header ({what}); {AGAIN}")
 
 
 def _rename(stored: dict[str, Stored], config: dict[str, Any], source: str) -> dict[str, Stored]:

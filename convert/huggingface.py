@@ -15,13 +15,12 @@ import torch
 
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check, read_tokenizer_files
 from .config import check_token_ids, normalise_config
-from .files import DTYPES, TensorFile, open_tensors, read_json
+from .files import AGAIN, DTYPES, TensorFile, open_tensors, read_json
 from .writer import parse_size, write_folder
 
 __all__ = ["HuggingFaceFolder", "normalise_config", "open_folder", "parse_size", "read_config", "write_folder"]
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
-_AGAIN = "download it again"
 
 
 def open_folder(path: str | Path) -> "HuggingFaceFolder":
@@ -98,7 +97,7 @@ class HuggingFaceFolder(Checkpoint):
         contents = self._shard(file).contents()
         for name in promised or sorted(contents):
             if name not in contents:
-                raise ValueError(f"{file}: tensor {name!r:.100} is missing, though the index says it is here; {_AGAIN}")
+                raise ValueError(f"{file}: tensor {name!r:.100} is missing, though the index says it is here; {AGAIN}")
             # Old files carry the rotary frequencies, and a tied model may carry its head twice.
             if name.endswith("rotary_emb.inv_freq"):
                 continue
@@ -137,14 +136,14 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map; {_AGAIN}")
+        raise ValueError(f"{index}: has no weight_map; {AGAIN}")
     suffix = ".safetensors" if index.name.startswith(SAFETENSORS) else ".bin"
     names_in: dict[Path, list[str]] = {}
     for name, shard in weight_map.items():
         # A downloaded index must not reach other files of this computer.
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]{1,200}", shard) or not shard.endswith(suffix):
             raise ValueError(
-                f"{index}: {name!r:.100} points to {shard!r:.100}, which is no {suffix} file beside it; {_AGAIN}"
+                f"{index}: {name!r:.100} points to {shard!r:.100}, which is no {suffix} file beside it; {AGAIN}"
             )
         names_in.setdefault(index.parent / shard, []).append(name)
     for file in sorted(names_in):

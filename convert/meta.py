@@ -7,6 +7,7 @@ without a magic number), 1 (float32) and 2 (int8 in groups with a float32 scale 
 """
 
 import struct
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,9 @@ import torch
 from . import names
 from .checkpoint import Checkpoint, check, read_tokenizer_files
 from .config import normalise_config
-from .files import STORED, check_tensors, read_json, unpickle
+from .files import AGAIN, STORED, check_tensors, read_json, unpickle
 from .rope import to_half_split
 
-_AGAIN = "download it again"
 _LAYER = {
     "input_layernorm.weight": "attention_norm.weight",
     "self_attn.q_proj.weight": "attention.wq.weight",
@@ -48,7 +48,7 @@ def _foreign(name: str) -> str:
     return f"layers.{layer}.{_LAYER[rest]}"
 
 
-class _Meta(Checkpoint):
+class _Meta(Checkpoint, ABC):
     """What the forms share: tensors under Meta's names, made by `_read`, reordered for half-split RoPE."""
 
     _files: list[Path]
@@ -65,8 +65,8 @@ class _Meta(Checkpoint):
     def tensor(self, name: str) -> torch.Tensor:
         return to_half_split(name, self._read(name), self.config)
 
-    def _read(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor: ...
 
     def close(self) -> None:
         pass
@@ -102,7 +102,7 @@ class Consolidated(_Meta):
         # Buffers that are computed from the config.
         computed = ("rope.freqs", "freqs_cos", "freqs_sin", "freqs_cis")
         self._parts = [{n: t for n, t in part.items() if n not in computed} for part in self._parts]
-        head = [name for name in ("output.weight",) if name in self._parts[0]]
+        head = ["output.weight"] if "output.weight" in self._parts[0] else []
         for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", *head):
             for part, file in zip(self._parts, self.weight_files, strict=True):
                 if name not in part or part[name].ndim != 2:
@@ -168,7 +168,7 @@ class Consolidated(_Meta):
         parts, dimension = [part.get(foreign) for part in self._parts], self._dimension(foreign)
         for part, file in zip(parts, self.weight_files, strict=True):
             if part is None or part.shape != self._parts[0][foreign].shape:
-                raise ValueError(f"{file}: tensor {foreign} is missing or unlike the other parts'; {_AGAIN}")
+                raise ValueError(f"{file}: tensor {foreign} is missing or unlike the other parts'; {AGAIN}")
         return parts[0] if dimension is None or len(parts) == 1 else torch.cat(parts, dimension)  # type: ignore[arg-type,return-value]
 
 
@@ -190,7 +190,7 @@ class Llama2C(_Meta):
         self._data = np.memmap(path, np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
         header = bytes(self._data[:256])
         if len(header) < 256:
-            raise ValueError(f"{path}: is too short for a llama2.c file; {_AGAIN}")
+            raise ValueError(f"{path}: is too short for a llama2.c file; {AGAIN}")
         self._group, version = 0, 0
         if header[:4] == _MAGIC:
             version, *sizes, shared = struct.unpack_from("<8iB", header, 4)
@@ -224,7 +224,7 @@ class Llama2C(_Meta):
         self.stored = dict.fromkeys(self.shapes, "F32") | dict.fromkeys(quantised, "INT8")
         self._places, end = self._lay_out(version, begin)
         if end != len(self._data):
-            raise ValueError(f"{path}: has {len(self._data)} bytes where its header asks for {end}; {_AGAIN}")
+            raise ValueError(f"{path}: has {len(self._data)} bytes where its header asks for {end}; {AGAIN}")
 
     def _lay_out(self, version: int, at: int) -> tuple[dict[str, _Place], int]:
         """Where each tensor begins, in the order of the file, and where the file ends."""
@@ -250,7 +250,7 @@ class Llama2C(_Meta):
                 at += 4 * size
             else:
                 if self._group <= 0 or size % self._group:
-                    raise ValueError(f"{self.source}: groups of {self._group} do not divide {foreign}; {_AGAIN}")
+                    raise ValueError(f"{self.source}: groups of {self._group} do not divide {foreign}; {AGAIN}")
                 places[name] = _Place(at, at + size)
                 at += size + 4 * (size // self._group)
         if version == 0 and "output.weight" not in ours:

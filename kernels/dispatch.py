@@ -168,8 +168,9 @@ _library = torch.library.Library("deepseek_coder", "DEF")
 class CustomOp:
     """A function as the op deepseek_coder::`name`, which changes none of its arguments: a decorator.
 
-    What `torch.library.custom_op` does, without its wrapper around each call: 0.3 ms in torch 2.11, more than a small
-    attention takes. Ops that change arguments need that wrapper, which counts their versions.
+    What `torch.library.custom_op` does, without its wrapper around each call: an empty op takes 8 us and not
+    23, and 79 and not 110 through autograd (torch 2.13, CPU). Ops that change arguments need that wrapper, which counts
+    their versions.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -215,7 +216,8 @@ class Kernel:
 
 
 class Launcher:
-    """A jitted kernel, launched without the JIT's look at every argument, which takes 20-40 us a launch.
+    """A jitted kernel, launched without the JIT's look at every argument: 6 us of the launch of a small kernel,
+    44 of one with four tensor descriptors (triton 3.6, on the host alone).
 
     The caller answers for `key`: with the constants it must decide all that Triton specialises a kernel on, which is
     each argument's type, whether pointers and integers are divisible by 16, and which integers are 1. None: the JIT

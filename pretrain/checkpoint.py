@@ -86,7 +86,7 @@ def restore(checkpoint: Path, model: Decoder, optimizer: torch.optim.Optimizer) 
     step = step_of(checkpoint)
     _compare(checkpoint, model.config)
     _make_state(optimizer)
-    with _damage_named(checkpoint):
+    with damage_named(checkpoint):
         dcp.load(_tensors(model, optimizer), storage_reader=Reader(str(checkpoint)))
     for state in optimizer.state.values():
         state["step"].fill_(step)
@@ -105,12 +105,14 @@ def _compare(checkpoint: Path, config: ModelConfig) -> None:
 
 
 @contextmanager
-def _damage_named(checkpoint: Path) -> Iterator[None]:
+def damage_named(checkpoint: Path) -> Iterator[None]:
+    """Says of a checkpoint that cannot be read what to do about it, in a ValueError."""
     try:
         yield
-    except CheckpointException as error:  # no subclass of Exception
+    except (CheckpointException, ValueError) as error:  # the first is no subclass of Exception
+        reason = _first(error) if isinstance(error, CheckpointException) else str(error).partition(";")[0]
         raise ValueError(
-            f"{checkpoint}: damaged ({_first(error)}); delete this folder and run the same command again, which uses "
+            f"{checkpoint}: damaged ({reason}); delete this folder and run the same command again, which uses "
             "the checkpoint before it"
         ) from None
 

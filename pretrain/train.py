@@ -4,6 +4,7 @@ Run it as `python -m pretrain train RECIPE.toml`, or under torchrun for several 
 goes on from its newest checkpoint when it is started again with the same recipe.
 """
 
+import functools
 import math
 import os
 import time
@@ -240,6 +241,13 @@ def export(run: str | Path, out: str | Path, force: bool = False) -> None:
     newest = checkpoint.latest(Path(run))
     if newest is None:
         raise FileNotFoundError(f"{run}: no checkpoint in it; train first, or name the run's folder")
-    with open_checkpoint(newest) as source:
-        tensors = ((name, source.tensor(name)) for name in source.shapes)
+    with checkpoint.damage_named(newest):
+        source = open_checkpoint(newest)
+
+    def read(name: str) -> torch.Tensor:
+        with checkpoint.damage_named(newest):
+            return source.tensor(name)
+
+    with source:
+        tensors = ((name, functools.partial(read, name)) for name in source.shapes)
         write_folder(out, source.config, tensors, tokenizer_files=source.tokenizer_files, force=force)

@@ -221,7 +221,7 @@ def flash_attn_varlen_func(
     0 up to the total; repeated values are empty documents. Causal is aligned to the bottom right: query i of n sees key
     j of m when j <= i + m - n. Rows that see no key give zeros (lse -inf). Scale: head_dim^-0.5 unless given.
     `max_seqlen_*` are accepted for compatibility: no launch depends on them, None costs nothing. deterministic: the
-    backward gives the same bits each time; on Hopper it is slower then, elsewhere it is so whether asked or not.
+    backward gives the same bits each time; on Hopper it is somewhat slower then, elsewhere it is so unasked.
 
     Returns out like q; with return_lse also lse (heads, total_q) fp32, natural logarithm, differentiable as well.
     ValueError when shapes, dtypes or devices do not fit.

@@ -50,6 +50,7 @@ def _slots(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.lru_cache(maxsize=1024)
 def split_count(programs: int, capacity: int, slots: int) -> int:
     """Ranges per sequence: the fewest that keep the slots nearly (0.95) as busy as the best number would."""
 

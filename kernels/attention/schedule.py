@@ -49,9 +49,7 @@ def _weigh(
     return document, start, first, length - first, other_start, other, begin, end, weight
 
 
-@triton.jit(
-    do_not_specialize=["documents", "tiles"], do_not_specialize_on_alignment=["cu_own", "cu_other"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["documents", "tiles"], do_not_specialize_on_alignment=["cu_own", "cu_other"])
 def _schedule_kernel(
     items, cu_own, cu_other, documents, tiles,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, LIGHTEST: tl.constexpr,

@@ -24,7 +24,7 @@ from triton.testing import do_bench
 import kernels
 from kernels import reference
 
-from . import measure
+from . import compare, measure
 
 TILE, HEAD_DIM, PACKED_TOTAL = 128, 128, 65536
 SECONDS = 2.0  # of measuring, for one direction of one shape
@@ -176,10 +176,6 @@ def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -
     return ((out - exact).norm() / exact.norm()).item()
 
 
-def failure(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def with_backend(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
     def call() -> Any:
         with kernels.backend(name):
@@ -225,7 +221,7 @@ def measure_shape(shape: Shape) -> list[dict[str, Any]]:
                 row["backward"] = {"peak_bytes": measure.peak_bytes(gradients)}
                 backward[provider] = gradients
         except Exception as error:  # a peer that is missing or fails is named, not hidden
-            row["failed"] = failure(error)
+            row["failed"] = compare.reason(error)
     with torch.no_grad():
         for provider, times in measure_together(forward).items():
             rows[provider]["forward"] |= times | {"tflops": shape.tflop / times["ms"] * 1e3}
