@@ -185,11 +185,12 @@ def with_backend(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def measure_together(functions: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    """Times of all functions in interleaved rounds, about SECONDS of them; each has run before."""
+    """Times of all functions in interleaved rounds, about SECONDS of them, and the host's; each has run before."""
     if not functions:
         return {}
     once = sum(cast(float, do_bench(function, warmup=1, rep=1)) for function in functions.values())
-    return measure.interleaved(functions, rounds=max(5, min(60, int(SECONDS * 1e3 / max(once, 1e-3)))))
+    times = measure.interleaved(functions, rounds=max(5, min(60, int(SECONDS * 1e3 / max(once, 1e-3)))))
+    return {name: times[name] | {"host_us": measure.host_microseconds(f)} for name, f in functions.items()}
 
 
 def measure_shape(shape: Shape) -> list[dict[str, Any]]:
@@ -237,13 +238,21 @@ def run(out: Path) -> None:
     console.print(f"{facts['gpu']}, bf16 matrix product {ceiling:.0f} TFLOP/s, {facts['packages']}")
     rows = []
     for shape in shapes():
-        table = Table("", "forward TFLOP/s", "of matmul", "backward TFLOP/s", "of matmul", "error", title=shape.name)
+        columns = [
+            f"{direction} {unit}"
+            for direction in ("forward", "backward")
+            for unit in ("TFLOP/s", "of matmul", "host us")
+        ]
+        table = Table("", *columns, "error", title=shape.name)
         for row in measure_shape(shape):
             rows.append(row)
             cells = []
             for direction in ("forward", "backward"):
-                value = row.get(direction, {}).get("tflops")
-                cells += [f"{value:.0f}", f"{value / ceiling:.0%}"] if value else ["", ""]
+                found = row.get(direction, {})
+                if "tflops" in found:
+                    cells += [f"{found['tflops']:.0f}", f"{found['tflops'] / ceiling:.0%}", f"{found['host_us']:.0f}"]
+                else:
+                    cells += [""] * 3
             note = row.get("failed", "")[:60] or f"{row['error']:.1e}"
             table.add_row(row["provider"], *cells, note)
         console.print(table)

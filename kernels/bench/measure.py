@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,31 +30,49 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         function()
-    return graph.replay
+
+    def replay(_kept: Callable[[], Any] = function) -> None:  # the graph reads and writes what the function holds
+        graph.replay()
+
+    return replay
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each function, as `milliseconds`, but in rounds that time each of them once: a clock that changes
-    changes for all. Before each a buffer is read that is larger than the L2 cache, which leaves nothing to write back.
+    """Milliseconds of each function on the GPU, as `milliseconds`, but in rounds that time each of them once: a clock
+    that changes changes for all.
+
+    Before each call 1 GiB is read. That is more than the L2 cache holds, leaves nothing to write back, and takes longer
+    than the host needs for a call: nothing waits for the host, whose time `host_microseconds` tells.
     """
-    cold = torch.zeros(2**26, device="cuda")  # 256 MiB
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in functions}
+    cold = torch.zeros(2**28, device="cuda")
+    events = {
+        name: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for name in functions
+    }
+    for i in range(rounds):
         for name, function in functions.items():
             cold.sum()
-            events[name][0].record()
+            events[name][i][0].record()
             function()
-            events[name][1].record()
-        torch.cuda.synchronize()
-        for name, (start, end) in events.items():
-            times[name].append(start.elapsed_time(end))
+            events[name][i][1].record()
+    torch.cuda.synchronize()
     result = {}
-    for name, values in times.items():
-        values.sort()
-        low, median, high = (values[int(len(values) * q)] for q in (0.2, 0.5, 0.8))
+    for name, pairs in events.items():
+        times = sorted(start.elapsed_time(end) for start, end in pairs)
+        low, median, high = (times[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
         result[name] = {"ms": median, "low": low, "high": high}
     return result
+
+
+def host_microseconds(function: Callable[[], Any], calls: int = 20) -> float:
+    """Median time until a call returns, with room in the queue: what it costs the host."""
+    times = []
+    torch.cuda.synchronize()
+    for _ in range(calls):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(times)
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
