@@ -58,7 +58,7 @@ class Adapter(NamedTuple):
             return weight
         pair = self.pairs[name]
         # PEFT loads adapters as float32, multiplies and adds there, and rounds the sum once.
-        return (weight + pair.b.float() @ pair.a.float() * pair.scale).to(weight.dtype)
+        return (pair.b.float() @ pair.a.float()).mul_(pair.scale).add_(weight).to(weight.dtype)
 
 
 class Merged(Checkpoint):

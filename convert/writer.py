@@ -8,7 +8,7 @@ progress.json of the temporary folder, and the same call goes on behind it.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import names
-from .checkpoint import TOKENIZER_FILES
+from .checkpoint import TOKENIZER_FILES, Deferred
 from .config import normalise_config
 from .destination import flush_to_disk, new_folder, writing
 
@@ -40,7 +40,7 @@ def parse_size(text: str) -> int:
 def write_folder(
     path: str | Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, torch.Tensor | Callable[[], torch.Tensor]]],
+    tensors: Iterable[tuple[str, torch.Tensor | Deferred]],
     *,
     tokenizer_files: Mapping[str, bytes] | None = None,
     generation_config: dict[str, Any] | None = None,
@@ -52,7 +52,7 @@ def write_folder(
     """Write a model folder that transformers, vLLM and this project load. Holds one shard in memory at a time.
 
     tensors             (Hugging Face name, float32, float16 or bfloat16 tensor on any device), each name once; a
-                        function that makes the tensor is called when its turn comes, unless its shard is finished
+                        `Deferred` one is not made if its shard is finished
     tokenizer_files     file name -> content, written byte for byte
     generation_config   None: the token ids of the config
     model_card          text of README.md
@@ -105,7 +105,7 @@ def _write_weights(
     destination: Path,
     folder: Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, torch.Tensor | Callable[[], torch.Tensor]]],
+    tensors: Iterable[tuple[str, torch.Tensor | Deferred]],
     limit: int,
     resume: str | None,
 ) -> str:
@@ -127,15 +127,16 @@ def _write_weights(
                 (folder / f"{_PROGRESS}.new").replace(folder / _PROGRESS)
         pending.clear()
 
-    for name, made in tensors:
+    for name, given in tensors:
         if name in finished:
             seen.add(name)
             continue
-        tensor = made if isinstance(made, torch.Tensor) else made()
+        # Before the tensor is made, which may take as much memory again.
+        if pending and sum(other.nbytes for other in pending.values()) + given.nbytes > limit:
+            flush()
+        tensor = given.make() if isinstance(given, Deferred) else given
         _check_tensor(name, tensor, expected, seen)
         seen.add(name)
-        if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > limit:
-            flush()
         # Detached, on the host and with storage of its own layout: what the file format demands.
         tensor = tensor.detach().to("cpu").contiguous()
         if any(tensor.data_ptr() == other.data_ptr() for other in pending.values()):

@@ -159,10 +159,7 @@ def test_an_interrupted_conversion_goes_on(model: Path, tmp_path: Path, command:
 
     interrupted()
     assert command(model, tmp_path / "out", *options)[0] == 0
-    # The second shard would have been written as soon as it was clear that the next tensor did not fit.
-    assert {shard_of[name][:11] for name in made} == {f"model-{i:05}" for i in range(2, 8)} & {
-        shard[:11] for shard in shard_of.values()
-    }
+    assert {shard_of[name] for name in made} == {shard for shard in shard_of.values() if shard > "model-00003"}
     names_of = [sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("whole", "out")]
     assert names_of[0] == names_of[1]
     for file in (tmp_path / "whole").glob("*.safetensors"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +57,16 @@ def test_every_released_shape(tmp_path: Path, name: str) -> None:
     assert len(report["digests"]) == RELEASED[name].num_layers * 9 + 3
     for tensor, count in (("model.norm.weight", 1), ("lm_head.weight", 1)):
         assert sum(key == tensor for key in report["digests"]) == count
+
+
+@pytest.mark.large
+def test_training_checkpoint_of_33b_shape(tmp_path: Path) -> None:
+    """A layer, head and embedding in pieces of up to 1.1 GB, larger than the shards that are written."""
+    report = scale("deepseek-coder-33b-base", tmp_path / "out", "--sink", "--layers", 1, "--shard", "1GB", "--training")
+    assert report["largest_shard"] < 10**9
+    shutil.rmtree(tmp_path / "training")
+    plain = scale("deepseek-coder-33b-base", tmp_path / "plain", "--sink", "--layers", 1, "--shard", "1GB")
+    assert report["digests"] == plain["digests"]
 
 
 @pytest.mark.large
