@@ -146,7 +146,10 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
                 f"{index}: {name!r:.100} points to {shard!r:.100}, which is no {suffix} file beside it; {AGAIN}"
             )
         names_in.setdefault(index.parent / shard, []).append(name)
-    for file in sorted(names_in):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found, though {index.name} lists it; download this shard too")
+    absent = sorted(file.name for file in names_in if not file.is_file())
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ValueError(
+            f"{index}: lists {absent[0]}{others}, not found beside it; the download is incomplete, get these files too"
+        )
     return {file: sorted(names_in[file]) for file in sorted(names_in)}

@@ -303,9 +303,9 @@ def test_bin_that_is_no_state_dict(folder: Path) -> None:
     refused(folder, "pytorch_model.bin", "holds list")
 
 
-def index_of(folder: Path, weight_map: object) -> None:
+def index_of(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
@@ -323,9 +323,12 @@ def test_index_without_a_map(folder: Path, weight_map: object) -> None:
     refused(folder, "model.safetensors.index.json", "no weight_map")
 
 
-def test_index_names_an_absent_shard(folder: Path) -> None:
-    index_of(folder, {"model.norm.weight": "model-2.safetensors"})
-    refused(folder, "model-2.safetensors: not found", "download this shard", kind=FileNotFoundError)
+@pytest.mark.parametrize("others, message", [(0, "lists model-2.safetensors, not"), (2, "safetensors and 2 more, not")])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_index_names_an_absent_shard(folder: Path, others: int, message: str, kind: str) -> None:
+    weight_map = {f"tensor {i}": f"model-{i}.{kind}" for i in range(2, 3 + others)}
+    index_of(folder, weight_map, f"{'model' if kind == 'safetensors' else 'pytorch_model'}.{kind}.index.json")
+    refused(folder, ".index.json: lists model-2", message.replace("safetensors", kind), "the download is incomplete")
 
 
 def test_index_promises_a_tensor_that_the_shard_lacks(folder: Path) -> None:
