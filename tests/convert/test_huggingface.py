@@ -100,6 +100,42 @@ def test_prefers_safetensors_and_reads_no_data_when_opening(
     assert len(changed) == 1
 
 
+def test_pickled_weights_are_mapped(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
+    """A change of the file after opening is seen: a shard of 10 GB is not read into memory."""
+    tensors = random_tensors(tiny_config)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file)
+    with open_folder(tmp_path) as checkpoint:
+        at = file.read_bytes().index(tensors["model.norm.weight"].numpy().tobytes())
+        with file.open("r+b") as handle:
+            handle.seek(at)
+            handle.write(b"\0\0\0\0")
+        assert checkpoint.tensor("model.norm.weight")[0] == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_prefers_safetensors_in_every_form(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, sharded: bool, assert_same: Any
+) -> None:
+    """Some official repositories hold the weights twice, in shards of different numbers."""
+    tensors = random_tensors(tiny_config)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    for kind, count in (("model.safetensors", 3), ("pytorch_model.bin", 2)):
+        shards = {}
+        for i in range(count):
+            part = {name: tensors[name] for name in list(tensors)[i::count]}
+            file = tmp_path / kind.replace(".", f"-{i + 1:05}-of-{count:05}.")
+            save_file(part, file) if count == 3 else file.write_bytes(b"never looked at")
+            shards |= dict.fromkeys(part, file.name)
+        (tmp_path / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    if not sharded:
+        for file in [*tmp_path.glob("model-*"), tmp_path / "model.safetensors.index.json"]:
+            file.unlink()
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(tmp_path, tensors)
+
+
 def test_tensors_stay_valid_after_close(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
     tensors = random_tensors(tiny_config)
     folder = write_plain(tmp_path / "model", tiny_config, tensors)
