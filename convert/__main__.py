@@ -51,7 +51,8 @@ def convert(
 ) -> None:
     """Convert a model to a Hugging Face folder or a GGUF file, or describe one.
 
-    A conversion to a folder that was interrupted goes on behind its last finished shard when it is given again.
+    A conversion to a folder that was interrupted goes on behind its last finished shard when it is given again. A GGUF
+    file is written anew. Either appears as a whole or not at all.
     """
     if inspect is not None:
         if source is not None:

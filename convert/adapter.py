@@ -203,13 +203,18 @@ def write_adapter(
 
 def describe_adapter(folder: Path) -> list[tuple[str, str]]:
     """Rows of `--inspect`: what, value."""
-    settings = _settings(folder)
+    settings, missing = _settings(folder), "nothing"
     targets = settings.get("target_modules") or "unknown"
+    try:
+        _weights_of(folder)
+    except FileNotFoundError as error:
+        missing = str(error)
     return [
         ("adapter", "LoRA, merge it with --merge-adapter"),
         ("base model", str(settings.get("base_model_name_or_path") or "unknown")),
         ("rank", f"{settings['r']}, alpha {settings['lora_alpha']}"),
         ("matrices", targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))),
+        ("missing", missing),
     ]
 
 

@@ -139,11 +139,12 @@ def test_an_adapter_of_a_fused_model_is_split(tmp_path: Path, tiny_config: Any) 
         split_fused("layers.1.attention.wqkv.weight", a, b[1:], tiny_config)
 
 
-def test_command_merges(tmp_path: Path, adapted: Any) -> None:
+def test_command_merges(tmp_path: Path, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from convert.__main__ import app
 
+    monkeypatch.setenv("COLUMNS", "200")
     expected = dict(adapted().named_parameters())
     arguments = ["base", "out", "--merge-adapter", "adapter", "--verify"]
     done = CliRunner().invoke(app, [a if a.startswith("--") else str(tmp_path / a) for a in arguments])
@@ -153,8 +154,10 @@ def test_command_merges(tmp_path: Path, adapted: Any) -> None:
     assert "LoRA adapter adapter is merged" in (tmp_path / "out" / "README.md").read_text()
     done = CliRunner().invoke(app, ["--inspect", str(tmp_path / "adapter")])
     assert done.exit_code == 0
-    for text in ("4, alpha 6", "down_proj, gate_proj", "--merge-adapter"):
+    for text in ("4, alpha 6", "down_proj, gate_proj", "--merge-adapter", "nothing"):
         assert text in done.output
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors" in CliRunner().invoke(app, ["--inspect", str(tmp_path / "adapter")]).output
 
 
 @pytest.mark.parametrize(

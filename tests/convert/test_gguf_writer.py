@@ -12,7 +12,7 @@ from convert import open_checkpoint
 from convert.gguf import open_gguf
 from convert.gguf_tokenizer import build_tokenizer_files, tokenizer_metadata
 from convert.gguf_writer import write_gguf
-from convert.huggingface import write_folder
+from convert.writer import write_folder
 
 gguf = pytest.importorskip("gguf")
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from convert import open_checkpoint
-from convert.huggingface import normalise_config, open_folder
+from convert.config import normalise_config
+from convert.huggingface import open_folder
 
 Tensors = dict[str, torch.Tensor]
 

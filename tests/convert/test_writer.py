@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from convert import names
 from convert.checkpoint import Deferred
-from convert.huggingface import open_folder, parse_size, write_folder
+from convert.huggingface import open_folder
+from convert.writer import parse_size, write_folder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -275,7 +276,7 @@ def run_writer(
         import json, os, resource, signal, sys, time, torch
         from pathlib import Path
         from convert import names
-        from convert.huggingface import write_folder
+        from convert.writer import write_folder
         folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
         def stream():
             for i, (name, shape) in enumerate(names.huggingface(config).items()):
