@@ -58,7 +58,12 @@ class Adapter(NamedTuple):
             return weight
         pair = self.pairs[name]
         # PEFT loads adapters as float32, multiplies and adds there, and rounds the sum once.
-        return (pair.b.float() @ pair.a.float()).mul_(pair.scale).add_(weight).to(weight.dtype)
+        delta = (pair.b.float() @ pair.a.float()).mul_(pair.scale)
+        merged = torch.empty_like(weight)
+        # Some rows at a time, as both terms in float32 and the result would be five times a bfloat16 matrix.
+        for out, term, other in zip(merged.split(1024), weight.split(1024), delta.split(1024), strict=True):
+            out.copy_(term + other)
+        return merged
 
 
 class Merged(Checkpoint):

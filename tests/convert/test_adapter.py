@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import names, open_checkpoint
-from convert.adapter import Merged, open_adapter, split_fused, write_adapter
+from convert.adapter import Adapter, Merged, Pair, open_adapter, split_fused, write_adapter
 from convert.writer import write_folder
 
 peft = pytest.importorskip("peft")
@@ -62,6 +62,14 @@ def test_merges_exactly_as_peft(tmp_path: Path, adapted: Any, settings: dict[str
             assert torch.equal(tensor, expected[name]), name
             changed += not torch.equal(tensor, base.tensor(name))
         assert changed == len(open_adapter(tmp_path / "adapter", base.config).pairs) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merges_large_matrices_in_parts(dtype: torch.dtype) -> None:
+    """More rows than are added at a time, and not a multiple of them."""
+    weight, a, b = torch.randn(2500, 8).to(dtype), torch.randn(2, 8), torch.randn(2500, 2)
+    merged = Adapter(Path(), {"x": Pair(a, b, 0.3)}, {}).merge("x", weight)
+    assert torch.equal(merged, (weight.float() + b @ a * 0.3).to(dtype))
 
 
 def test_pickled_adapters(tmp_path: Path, adapted: Any) -> None:
