@@ -284,7 +284,7 @@ def run_writer(
                     {during}
                 yield name, torch.zeros(shape)
         {before}
-        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True, resume={resume!r})
+        write_folder(folder / "out", config, stream(), max_shard_size=10_000, force=True, resume={resume!r})
     """
     command = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path), json.dumps(config)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
@@ -325,7 +325,7 @@ def test_a_killed_process_loses_no_finished_shard(
         for name, tensor in zeros.items():
             yield name, Deferred(tensor.nbytes, lambda name=name, tensor=tensor: made.append(name) or tensor)  # type: ignore[misc]
 
-    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=20_000, resume="work")
+    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=10_000, resume="work")
     assert_same(tmp_path / "out", zeros)
     assert 0 < len(made) < len(zeros)
     assert set(zeros) - set(made) == {
@@ -374,7 +374,7 @@ def test_killed_while_replacing(
 
 
 def test_operating_system_refuses_to_write(tmp_path: Path, tiny_config: Any) -> None:
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     process = run_writer(tmp_path, tiny_config, limit, "pass")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
