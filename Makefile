@@ -18,7 +18,7 @@ test: $(DEV)
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests
 
-# 20 GB of disk, 8 GB of memory, minutes: every released model's exact shapes.
+# 30 GB of disk, 8 GB of memory, half an hour: every released model's exact shapes.
 test-large: $(DEV)
 	$(PYTHON) -m pytest -m large -s tests
 

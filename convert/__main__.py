@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ from .command import run
 if TYPE_CHECKING:
     import torch
 
-    from .checkpoint import Checkpoint
+    from .checkpoint import Checkpoint, Deferred
 
 app = typer.Typer(add_completion=False)
 
@@ -51,7 +51,8 @@ def convert(
 ) -> None:
     """Convert a model to a Hugging Face folder or a GGUF file, or describe one.
 
-    A conversion to a folder that was interrupted goes on behind its last finished shard when it is given again.
+    A conversion to a folder that was interrupted goes on behind its last finished shard when it is given again. A GGUF
+    file is written anew. Either appears as a whole or not at all.
     """
     if inspect is not None:
         if source is not None:
@@ -141,8 +142,8 @@ def _usual_dtype(checkpoint: Checkpoint) -> str:
     return str(max(sorted(set(matrices), key=str), key=matrices.count)).removeprefix("torch.")
 
 
-def _stream(checkpoint: Checkpoint, dtype: Dtype | None, what: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Name after name in model order and what makes the tensor, cast; a progress bar with ETA on stderr."""
+def _stream(checkpoint: Checkpoint, dtype: Dtype | None, what: str) -> Iterator[tuple[str, Deferred]]:
+    """Name after name in model order with its tensor, cast when it is made; a progress bar with ETA on stderr."""
     import math
 
     import torch
@@ -150,7 +151,7 @@ def _stream(checkpoint: Checkpoint, dtype: Dtype | None, what: str) -> Iterator[
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from . import names
-    from .checkpoint import cast
+    from .checkpoint import Deferred, cast
 
     target: torch.dtype | None = getattr(torch, dtype) if dtype else None
     shapes = names.huggingface(checkpoint.config)
@@ -161,7 +162,8 @@ def _stream(checkpoint: Checkpoint, dtype: Dtype | None, what: str) -> Iterator[
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=sum(size.values()))
         for name in shapes:
-            yield name, lambda name=name: cast(name, checkpoint.tensor(name), target or checkpoint.dtypes[name])  # type: ignore[misc]
+            to = target or checkpoint.dtypes[name]
+            yield name, Deferred(size[name], lambda name=name, to=to: cast(name, checkpoint.tensor(name), to))  # type: ignore[misc]
             progress.advance(task, size[name])
 
 
@@ -178,12 +180,12 @@ def _verify(checkpoint: Checkpoint, destination: Path, dtype: Dtype | None, kind
     from .gguf_writer import encode
 
     with open_checkpoint(destination) as written:
-        for name, make in _stream(checkpoint, None if kind else dtype, "verifying"):
+        for name, deferred in _stream(checkpoint, None if kind else dtype, "verifying"):
             if isinstance(written, GGUFFile):
-                expected = encode(name, make(), checkpoint.config, str(kind)).reshape(-1).view(np.uint8)
+                expected = encode(name, deferred.make(), checkpoint.config, str(kind)).reshape(-1).view(np.uint8)
                 same = np.array_equal(written.raw(name), expected)
             else:
-                bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (written.tensor(name), make())]
+                bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (written.tensor(name), deferred.make())]
                 same = torch.equal(*bits)
             if not same:
                 raise ValueError(

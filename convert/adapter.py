@@ -58,7 +58,12 @@ class Adapter(NamedTuple):
             return weight
         pair = self.pairs[name]
         # PEFT loads adapters as float32, multiplies and adds there, and rounds the sum once.
-        return (weight + pair.b.float() @ pair.a.float() * pair.scale).to(weight.dtype)
+        delta = (pair.b.float() @ pair.a.float()).mul_(pair.scale)
+        merged = torch.empty_like(weight)
+        # Some rows at a time, as both terms in float32 and the result would be five times a bfloat16 matrix.
+        for out, term, other in zip(merged.split(1024), weight.split(1024), delta.split(1024), strict=True):
+            out.copy_(term + other)
+        return merged
 
 
 class Merged(Checkpoint):
@@ -203,13 +208,18 @@ def write_adapter(
 
 def describe_adapter(folder: Path) -> list[tuple[str, str]]:
     """Rows of `--inspect`: what, value."""
-    settings = _settings(folder)
+    settings, missing = _settings(folder), "nothing"
     targets = settings.get("target_modules") or "unknown"
+    try:
+        _weights_of(folder)
+    except FileNotFoundError as error:
+        missing = str(error)
     return [
         ("adapter", "LoRA, merge it with --merge-adapter"),
         ("base model", str(settings.get("base_model_name_or_path") or "unknown")),
         ("rank", f"{settings['r']}, alpha {settings['lora_alpha']}"),
         ("matrices", targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))),
+        ("missing", missing),
     ]
 
 

@@ -5,9 +5,10 @@ converted, and a loader that copies each tensor into place never holds the model
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -24,6 +25,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+
+
+class Deferred(NamedTuple):
+    """A tensor of `nbytes` bytes that a writer makes when its turn comes, with room for it."""
+
+    nbytes: int
+    make: Callable[[], torch.Tensor]
 
 
 class Checkpoint(ABC):

@@ -107,8 +107,11 @@ def _dequantise(raw: np.ndarray, stored: Stored, what: str) -> np.ndarray:
     quants = library().quants
     try:
         kind = library().GGMLQuantizationType(stored.kind)
-        # The library wants rows of blocks, one row of bytes for each row of the matrix.
-        return quants.dequantize(np.asarray(raw).reshape(*stored.shape[:-1], -1), kind)
+        # The library wants rows of blocks, one row of bytes for each row of the matrix, and holds its result twice.
+        rows, expanded = np.asarray(raw).reshape(*stored.shape[:-1], -1), np.empty(stored.shape, np.float32)
+        for i in range(0, len(rows), 1024):
+            expanded[i : i + 1024] = quants.dequantize(rows[i : i + 1024], kind)
+        return expanded
     except NotImplementedError:
         raise ValueError(f"{what} is stored as {_kind_name(stored.kind)}, which cannot be expanded; use Q8_0") from None
 

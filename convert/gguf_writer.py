@@ -3,7 +3,7 @@
 The `gguf` library does the layout and the quantisation. Norms are always F32, as llama.cpp computes with them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import names
-from .checkpoint import cast
+from .checkpoint import Deferred, cast
 from .config import normalise_config
 from .destination import new_file, writing
 from .gguf import library
@@ -25,7 +25,7 @@ KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 def write_gguf(
     path: str | Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, torch.Tensor | Callable[[], torch.Tensor]]],
+    tensors: Iterable[tuple[str, torch.Tensor | Deferred]],
     kind: str,
     *,
     tokenizer_files: Mapping[str, bytes] | None = None,
@@ -34,8 +34,8 @@ def write_gguf(
 ) -> None:
     """Write one GGUF file of architecture llama.
 
-    tensors             (Hugging Face name, floating-point tensor or a function that makes it), every tensor of the
-                        config, in the order of `names.huggingface`
+    tensors             (Hugging Face name, floating-point tensor), every tensor of the config, in the order of
+                        `names.huggingface`
     kind                format of the matrices, a key of `KINDS`; q8_0 leaves rows that are no multiple of 32 as F16
     tokenizer_files     None or {}: a file without vocabulary, which runs on token ids only
     generation_config   its EOS ids win over the config's; a GGUF file has room for two
@@ -68,11 +68,10 @@ def write_gguf(
                 writer.write_ti_data_to_file()
             given = iter(tensors)
             for expected in shapes:
-                name, made = next(given, ("nothing", torch.empty(0)))
+                name, tensor = next(given, ("nothing", torch.empty(0)))
                 if name != expected:
                     raise ValueError(f"tensor {expected} was expected, but {name} was given; give all, in model order")
-                tensor = made if isinstance(made, torch.Tensor) else made()
-                raw = encode(name, tensor, config, kind)
+                raw = encode(name, tensor.make() if isinstance(tensor, Deferred) else tensor, config, kind)
                 with writing(Path(path).resolve()):
                     writer.write_tensor_data(raw)
         finally:

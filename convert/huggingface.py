@@ -1,10 +1,8 @@
-"""Hugging Face folders, read and written.
+"""Hugging Face folders, read; `writer.py` writes them.
 
-Reading: a folder holds `config.json` and its weights in one of four forms: one file or shards with an index, each as
+A folder holds `config.json` and its weights in one of four forms: one file or shards with an index, each as
 safetensors or as a pickled PyTorch file. Safetensors is preferred; its header gives every name and shape without
 touching the data. Pickled `.bin` files are opened one shard at a time (`files.py`).
-
-Writing is in `writer.py`.
 """
 
 import re
@@ -16,9 +14,6 @@ import torch
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check, read_tokenizer_files
 from .config import check_token_ids, normalise_config
 from .files import AGAIN, DTYPES, TensorFile, open_tensors, read_json
-from .writer import parse_size, write_folder
-
-__all__ = ["HuggingFaceFolder", "normalise_config", "open_folder", "parse_size", "read_config", "write_folder"]
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
@@ -146,7 +141,10 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
                 f"{index}: {name!r:.100} points to {shard!r:.100}, which is no {suffix} file beside it; {AGAIN}"
             )
         names_in.setdefault(index.parent / shard, []).append(name)
-    for file in sorted(names_in):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found, though {index.name} lists it; download this shard too")
+    absent = sorted(file.name for file in names_in if not file.is_file())
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ValueError(
+            f"{index}: lists {absent[0]}{others}, not found beside it; the download is incomplete, get these files too"
+        )
     return {file: sorted(names_in[file]) for file in sorted(names_in)}

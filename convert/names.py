@@ -6,7 +6,7 @@ nn.Linear layouts are (out, in), so fusing is plain concatenation of rows: `wqkv
 into its rows; saving walks the same parts and slices the rows out again. Neither needs a second copy of the model,
 and tensor parallelism or LoRA, which treat q, k and v separately, read the row counts from the same table.
 
-A config here is a plain dict in the transformers-4 form, as `convert.normalise_config` returns it.
+A config here is a plain dict in the transformers-4 form, as `convert.config.normalise_config` returns it.
 """
 
 from typing import Any, NamedTuple

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
 from convert import open_checkpoint
+from convert.checkpoint import Deferred
 from convert.names import fused
 from convert.writer import write_folder
 from deepseek_coder.config import ModelConfig
@@ -249,5 +250,6 @@ def export(run: str | Path, out: str | Path, force: bool = False) -> None:
             return source.tensor(name)
 
     with source:
-        tensors = ((name, functools.partial(read, name)) for name in source.shapes)
+        sizes = {name: math.prod(shape) * source.dtypes[name].itemsize for name, shape in source.shapes.items()}
+        tensors = ((name, Deferred(size, functools.partial(read, name))) for name, size in sizes.items())
         write_folder(out, source.config, tensors, tokenizer_files=source.tokenizer_files, force=force)

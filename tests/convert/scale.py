@@ -1,9 +1,10 @@
 """Converts a synthetic model with the exact shapes of a released one and prints what that took, as JSON.
 
-    python tests/convert/scale.py deepseek-coder-33b-base DESTINATION [--sink] [--layers N] [--shard 5GB]
+    python tests/convert/scale.py deepseek-coder-33b-base DESTINATION [--sink] [--layers N] [--shard 5GB] [--training]
 
-With --sink the tensors are hashed instead of written, for models larger than the disk. Everything else is the command
-that users run. Peak memory is RssAnon of Linux: what the process really holds, without pages of mapped files.
+With --sink the tensors are hashed instead of written, for models larger than the disk; with --training they come from
+a training checkpoint in float32 that one process wrote beside DESTINATION. Everything else is the command that users
+run. Peak memory is RssAnon of Linux: what the process really holds, without pages of mapped files.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import convert
@@ -60,6 +62,17 @@ class Synthetic(Checkpoint):
         pass
 
 
+def training_checkpoint(source: Checkpoint, folder: Path) -> Checkpoint:
+    """The same numbers as float32 in a training checkpoint of one process, fused matrices in one piece."""
+    weights = {
+        f"model.{name}": torch.cat([source.tensor(part.name).float() for part in parts])
+        for name, parts in names.fused(source.config).items()
+    }
+    dcp.save(weights, checkpoint_id=folder, no_dist=True)
+    (folder / "config.json").write_text(json.dumps(source.config))
+    return convert.open_checkpoint(folder)
+
+
 def anonymous() -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -85,11 +98,15 @@ def main() -> None:
     parser.add_argument("--sink", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shard", default="5GB")
+    parser.add_argument("--training", action="store_true")
     options = parser.parse_args()
     config = normalise_config(ModelConfig.released(options.name).to_dict(), options.name)
     if options.layers:
         config["num_hidden_layers"] = options.layers
-    source, digests, shards = Synthetic(config), {}, []
+    source: Checkpoint = Synthetic(config)
+    if options.training:
+        source = training_checkpoint(source, Path(options.destination).with_name("training"))
+    digests, shards = {}, []
 
     def sink(tensors: dict[str, torch.Tensor], file: Path, metadata: Any) -> None:
         file.touch()
@@ -102,7 +119,8 @@ def main() -> None:
     convert.open_checkpoint = lambda path: source
     before, peak, begin = anonymous(), Peak(), time.monotonic()
     peak.start()
-    app(["synthetic", options.destination, "--max-shard-size", options.shard], standalone_mode=False)
+    arguments = ["synthetic", options.destination, "--max-shard-size", options.shard, "--dtype", "bfloat16"]
+    app(arguments, standalone_mode=False)
     seconds = time.monotonic() - begin
     if not options.sink:
         shards = [file.stat().st_size for file in Path(options.destination).glob("*.safetensors")]

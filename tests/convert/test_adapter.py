@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import names, open_checkpoint
-from convert.adapter import Merged, open_adapter, split_fused, write_adapter
+from convert.adapter import Adapter, Merged, Pair, open_adapter, split_fused, write_adapter
 from convert.writer import write_folder
 
 peft = pytest.importorskip("peft")
@@ -62,6 +62,14 @@ def test_merges_exactly_as_peft(tmp_path: Path, adapted: Any, settings: dict[str
             assert torch.equal(tensor, expected[name]), name
             changed += not torch.equal(tensor, base.tensor(name))
         assert changed == len(open_adapter(tmp_path / "adapter", base.config).pairs) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merges_large_matrices_in_parts(dtype: torch.dtype) -> None:
+    """More rows than are added at a time, and not a multiple of them."""
+    weight, a, b = torch.randn(2500, 8).to(dtype), torch.randn(2, 8), torch.randn(2500, 2)
+    merged = Adapter(Path(), {"x": Pair(a, b, 0.3)}, {}).merge("x", weight)
+    assert torch.equal(merged, (weight.float() + b @ a * 0.3).to(dtype))
 
 
 def test_pickled_adapters(tmp_path: Path, adapted: Any) -> None:
@@ -139,11 +147,12 @@ def test_an_adapter_of_a_fused_model_is_split(tmp_path: Path, tiny_config: Any) 
         split_fused("layers.1.attention.wqkv.weight", a, b[1:], tiny_config)
 
 
-def test_command_merges(tmp_path: Path, adapted: Any) -> None:
+def test_command_merges(tmp_path: Path, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from convert.__main__ import app
 
+    monkeypatch.setenv("COLUMNS", "200")
     expected = dict(adapted().named_parameters())
     arguments = ["base", "out", "--merge-adapter", "adapter", "--verify"]
     done = CliRunner().invoke(app, [a if a.startswith("--") else str(tmp_path / a) for a in arguments])
@@ -153,8 +162,10 @@ def test_command_merges(tmp_path: Path, adapted: Any) -> None:
     assert "LoRA adapter adapter is merged" in (tmp_path / "out" / "README.md").read_text()
     done = CliRunner().invoke(app, ["--inspect", str(tmp_path / "adapter")])
     assert done.exit_code == 0
-    for text in ("4, alpha 6", "down_proj, gate_proj", "--merge-adapter"):
+    for text in ("4, alpha 6", "down_proj, gate_proj", "--merge-adapter", "nothing"):
         assert text in done.output
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors" in CliRunner().invoke(app, ["--inspect", str(tmp_path / "adapter")]).output
 
 
 @pytest.mark.parametrize(

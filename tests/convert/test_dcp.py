@@ -106,20 +106,21 @@ def test_metadata_cannot_run_code(checkpoint: Path, monkeypatch: Any, protocol: 
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, named",
     [
-        b"",
-        b"junk",
-        pickle.dumps({}),
-        # LONG_BINPUT to a memo slot far away, a frame and a byte array of impossible lengths.
-        b"\x80\x04}r" + struct.pack("<I", 2**31) + b".",
-        b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
-        b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.",
+        (b"", ""),
+        (b"junk", ""),
+        (pickle.dumps({}), "it holds no metadata"),
+        # LONG_BINPUT to a memo slot far away, for which the unpickler would first take 16 GB or more.
+        (b"\x80\x04}r" + struct.pack("<I", 2**31) + b".", "a memo of impossible size"),
+        # A byte array and a frame of impossible lengths.
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", ""),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.", ""),
     ],
 )
-def test_damaged_metadata(checkpoint: Path, content: bytes) -> None:
+def test_damaged_metadata(checkpoint: Path, content: bytes, named: str) -> None:
     (checkpoint / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match=r"\.metadata: damaged or refused"):
+    with pytest.raises(ValueError, match=rf"\.metadata: damaged or refused \(.*{named}"):
         open_training(checkpoint)
 
 
@@ -173,15 +174,35 @@ def test_a_cut_file(checkpoint: Path) -> None:
         source.tensor("model.norm.weight")
 
 
-def test_one_shard_in_memory(checkpoint: Path) -> None:
-    """The parts of a fused matrix read its shard once."""
+def test_shards_are_mapped(checkpoint: Path) -> None:
+    """What changes in the file after opening is seen: nothing is kept, and a large shard is never read whole."""
+    file = next(checkpoint.glob("*.distcp"))
     with open_training(checkpoint) as source:
-        source.tensor("model.layers.0.self_attn.q_proj.weight")
-        kept = source._last
-        source.tensor("model.layers.0.self_attn.v_proj.weight")
-        assert source._last is kept
+        name = "model.layers.0.self_attn.k_proj.weight"
+        before = source.tensor(name)
+        at = file.read_bytes().index(before.numpy().tobytes())
+        with file.open("r+b") as handle:
+            handle.seek(at)
+            handle.write(b"\0\0\0\0")
+        assert (before != source.tensor(name)).nonzero().tolist() == [[0, 0]]
+
+
+def test_a_shard_of_another_byte_order(checkpoint: Path) -> None:
+    """torch would swap the bytes, of a mapped file it cannot."""
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(file.read_bytes().replace(b"little", b"biggie"))
+    with (
+        open_training(checkpoint) as source,
+        pytest.raises(ValueError, match=r"norm\.weight is damaged \(its bytes are in"),
+    ):
         source.tensor("model.norm.weight")
-        assert source._last is not kept
+
+
+def test_a_missing_file(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("*.distcp"))
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file}: not found, .* copy this file too"):
+        open_training(checkpoint)
 
 
 def test_command(checkpoint: Path, tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from convert import names, open_checkpoint
 from convert.gguf import open_gguf
 from convert.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer_files
-from convert.huggingface import write_folder
+from convert.writer import write_folder
 
 gguf = pytest.importorskip("gguf")
 Tensors = dict[str, torch.Tensor]

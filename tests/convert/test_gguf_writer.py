@@ -12,7 +12,7 @@ from convert import open_checkpoint
 from convert.gguf import open_gguf
 from convert.gguf_tokenizer import build_tokenizer_files, tokenizer_metadata
 from convert.gguf_writer import write_gguf
-from convert.huggingface import write_folder
+from convert.writer import write_folder
 
 gguf = pytest.importorskip("gguf")
 
@@ -93,6 +93,18 @@ def test_refusals_leave_nothing(tmp_path: Path, tiny_config: Any, random_tensors
         write_gguf(tmp_path / "folder", tiny_config, tensors.items(), "float32", force=True)
 
 
+def test_the_same_bytes_again_over_what_a_killed_process_left(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any
+) -> None:
+    tensors = random_tensors(tiny_config)
+    write_gguf(tmp_path / "a" / "m.gguf", tiny_config, tensors.items(), "q8_0")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".m.gguf.tmp").write_bytes(bytes(1_000_000))
+    write_gguf(tmp_path / "b" / "m.gguf", tiny_config, tensors.items(), "q8_0")
+    assert (tmp_path / "a" / "m.gguf").read_bytes() == (tmp_path / "b" / "m.gguf").read_bytes()
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["m.gguf"]
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["deepseek-coder", "deepseek-llm"])
 def test_tokenizers_survive(llama_cpp_vocabularies: Path, tmp_path: Path, name: str) -> None:
@@ -124,6 +136,17 @@ def test_official_tokenizer_survives(official: Path, tmp_path: Path) -> None:
     assert ours["chat_template"] == theirs["chat_template"]
     assert (ours["add_bos_token"], ours["tokenizer_class"]) == (True, "LlamaTokenizerFast")
     assert ours["eos_token"] == "<|EOT|>"
+    # And transformers renders the same prompt from it.
+    transformers = pytest.importorskip("transformers")
+    for name, content in back.items():
+        (tmp_path / name).write_bytes(content)
+    messages = [{"role": "user", "content": "Sort a list."}, {"role": "assistant", "content": "sorted(x)"}]
+    prompts = [
+        transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+        for folder in (tmp_path, official)
+    ]
+    assert prompts[0] == prompts[1]
+    assert "### Instruction:" in prompts[0]
 
 
 @pytest.mark.parametrize(

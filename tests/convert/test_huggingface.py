@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from convert import open_checkpoint
-from convert.huggingface import normalise_config, open_folder
+from convert.config import normalise_config
+from convert.huggingface import open_folder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -98,6 +99,42 @@ def test_prefers_safetensors_and_reads_no_data_when_opening(
             handle.write(raw)
         changed = [name for name, tensor in tensors.items() if not torch.equal(checkpoint.tensor(name), tensor)]
     assert len(changed) == 1
+
+
+def test_pickled_weights_are_mapped(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
+    """A change of the file after opening is seen: a shard of 10 GB is not read into memory."""
+    tensors = random_tensors(tiny_config)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file)
+    with open_folder(tmp_path) as checkpoint:
+        at = file.read_bytes().index(tensors["model.norm.weight"].numpy().tobytes())
+        with file.open("r+b") as handle:
+            handle.seek(at)
+            handle.write(b"\0\0\0\0")
+        assert checkpoint.tensor("model.norm.weight")[0] == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_prefers_safetensors_in_every_form(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, sharded: bool, assert_same: Any
+) -> None:
+    """Some official repositories hold the weights twice, in shards of different numbers."""
+    tensors = random_tensors(tiny_config)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    for kind, count in (("model.safetensors", 3), ("pytorch_model.bin", 2)):
+        shards = {}
+        for i in range(count):
+            part = {name: tensors[name] for name in list(tensors)[i::count]}
+            file = tmp_path / kind.replace(".", f"-{i + 1:05}-of-{count:05}.")
+            save_file(part, file) if count == 3 else file.write_bytes(b"never looked at")
+            shards |= dict.fromkeys(part, file.name)
+        (tmp_path / f"{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    if not sharded:
+        for file in [*tmp_path.glob("model-*"), tmp_path / "model.safetensors.index.json"]:
+            file.unlink()
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(tmp_path, tensors)
 
 
 def test_tensors_stay_valid_after_close(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
@@ -303,9 +340,9 @@ def test_bin_that_is_no_state_dict(folder: Path) -> None:
     refused(folder, "pytorch_model.bin", "holds list")
 
 
-def index_of(folder: Path, weight_map: object) -> None:
+def index_of(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
@@ -323,9 +360,12 @@ def test_index_without_a_map(folder: Path, weight_map: object) -> None:
     refused(folder, "model.safetensors.index.json", "no weight_map")
 
 
-def test_index_names_an_absent_shard(folder: Path) -> None:
-    index_of(folder, {"model.norm.weight": "model-2.safetensors"})
-    refused(folder, "model-2.safetensors: not found", "download this shard", kind=FileNotFoundError)
+@pytest.mark.parametrize("others, message", [(0, "lists model-2.safetensors, not"), (2, "safetensors and 2 more, not")])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_index_names_an_absent_shard(folder: Path, others: int, message: str, kind: str) -> None:
+    weight_map = {f"tensor {i}": f"model-{i}.{kind}" for i in range(2, 3 + others)}
+    index_of(folder, weight_map, f"{'model' if kind == 'safetensors' else 'pytorch_model'}.{kind}.index.json")
+    refused(folder, ".index.json: lists model-2", message.replace("safetensors", kind), "the download is incomplete")
 
 
 def test_index_promises_a_tensor_that_the_shard_lacks(folder: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 from convert import names, open_checkpoint
 from convert.adapter import write_adapter
 from convert.gguf import open_gguf
-from convert.gguf_writer import write_gguf
+from convert.gguf_writer import KINDS, write_gguf
 from convert.writer import write_folder
+from deepseek_coder import Tokenizer
 
 pytestmark = [pytest.mark.peers, pytest.mark.network]
 transformers = pytest.importorskip("transformers")
@@ -86,11 +87,9 @@ def model(request: Any, tmp_path_factory: Any, llama_cpp_vocabularies: Path) -> 
     with open_checkpoint(folder / "theirs") as source:
         tensors = {name: source.tensor(name) for name in names.huggingface(source.config)}
         write_folder(folder / "ours", source.config, tensors.items(), tokenizer_files=files)
-        for kind in ("float32", "q8_0"):
+        for kind in KINDS:
             write_gguf(folder / f"{kind}.gguf", source.config, tensors.items(), kind, tokenizer_files=files)
         plain_config = source.config
-    from deepseek_coder.tokenizer import Tokenizer
-
     prompt = Tokenizer(files, "vocabulary").encode(PROMPT, bos=True)
     return {"folder": folder, "prompt": prompt, "config": plain_config, "made": greedy(folder / "ours", prompt)}
 
@@ -141,16 +140,37 @@ def test_llama_cpp(model: dict[str, Any]) -> None:
     assert result["infill"] == [32016, 32015, 32017]
 
 
-def test_llama_cpp_runs_q8_0(model: dict[str, Any]) -> None:
-    """The same quantised numbers, expanded by us: the first tokens agree; later ones may part by rounding."""
-    folder = model["folder"]
-    with open_checkpoint(folder / "q8_0.gguf") as source:
-        tensors = ((name, source.tensor(name)) for name in source.shapes)
-        write_folder(folder / "expanded", source.config, tensors, force=(folder / "expanded").exists())
-    # llama.cpp quantises activations too.
-    assert (
-        llama_cpp(folder / "q8_0.gguf", model["prompt"])["made"][0] == greedy(folder / "expanded", model["prompt"])[0]
-    )
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "q8_0"])
+@torch.no_grad()
+def test_llama_cpp_runs_smaller_types(model: dict[str, Any], kind: str) -> None:
+    """The same rounded numbers, expanded by us. llama.cpp rounds activations too: where its tokens part from those of
+    transformers, the two candidates must be nearly equal, measured in standard deviations of the logits."""
+    folder, prompt = model["folder"], model["prompt"]
+    made = llama_cpp(folder / f"{kind}.gguf", prompt)["made"]
+    with open_checkpoint(folder / f"{kind}.gguf") as source:
+        write_folder(folder / kind, source.config, ((name, source.tensor(name)) for name in source.shapes))
+    wanted = greedy(folder / kind, prompt)
+    if made != wanted:
+        at = [ours == theirs for ours, theirs in zip(made, wanted, strict=True)].index(False)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / kind, dtype=torch.float32).eval()
+        logits = theirs(torch.tensor([prompt + wanted[:at]])).logits[0, -1]
+        gap = ((logits[wanted[at]] - logits[made[at]]) / logits.std()).item()
+        print(f"{kind}: {at} tokens equal, then a gap of {gap:.4f}")
+        assert gap < {"float16": 0.01, "bfloat16": 0.05, "q8_0": 0.1}[kind]
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_llama_cpp_and_transformers_speak_alike(smollm2: Path, tmp_path: Path, kind: str) -> None:
+    """Trained weights, whose likeliest token stands out, rounded to each type: 32 equal tokens."""
+    with open_gguf(smollm2) as source:
+        stream = ((name, source.tensor(name)) for name in source.shapes)
+        write_gguf(tmp_path / "m.gguf", source.config, stream, kind, tokenizer_files=source.tokenizer_files)
+    with open_gguf(tmp_path / "m.gguf") as written:
+        write_folder(tmp_path / "out", written.config, ((name, written.tensor(name)) for name in written.shapes))
+        prompt = Tokenizer(written.tokenizer_files, "vocabulary").encode(PROMPT)
+    result = llama_cpp(tmp_path / "m.gguf", prompt)
+    assert result["ids"] == prompt
+    assert result["made"] == greedy(tmp_path / "out", prompt)
 
 
 def test_vllm(model: dict[str, Any]) -> None:

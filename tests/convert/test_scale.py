@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from convert.destination import flush_to_disk
 from convert.huggingface import open_folder
 from deepseek_coder.config import RELEASED
 
@@ -59,23 +61,45 @@ def test_every_released_shape(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.timeout(1800)
+def test_training_checkpoint_of_33b_shape(tmp_path: Path) -> None:
+    """A layer, head and embedding in pieces of up to 1.1 GB, larger than the shards that are written."""
+    report = scale("deepseek-coder-33b-base", tmp_path / "out", "--sink", "--layers", 1, "--shard", "1GB", "--training")
+    assert report["largest_shard"] < 10**9
+    shutil.rmtree(tmp_path / "training")
+    plain = scale("deepseek-coder-33b-base", tmp_path / "plain", "--sink", "--layers", 1, "--shard", "1GB")
+    assert report["digests"] == plain["digests"]
+
+
+@pytest.mark.large
+@pytest.mark.timeout(3000)
 def test_real_write_of_6_7b(tmp_path: Path) -> None:
-    """13.5 GB on a real disk: as fast as making them and writing as many bytes plainly, and the bytes are right."""
+    """13.5 GB written to a real disk with the right bytes, and converted once more about as fast as they are copied."""
     report = scale("deepseek-coder-6.7b-base", tmp_path / "out")
     assert report["shards"] == 3
-    block, begin = os.urandom(2**24), time.monotonic()
-    with (tmp_path / "plain").open("wb", buffering=0) as file:
-        for _ in range(report["bytes"] // len(block)):
-            file.write(block)
-        os.fsync(file.fileno())
-    plain = time.monotonic() - begin
-    (tmp_path / "plain").unlink()
-    sink = scale("deepseek-coder-6.7b-base", tmp_path / "sink", "--sink")
-    print(f"written in {report['seconds']} s, made and hashed in {sink['seconds']} s, plain writing {plain:.1f} s")
-    digests = sink["digests"]
+    digests = scale("deepseek-coder-6.7b-base", tmp_path / "sink", "--sink")["digests"]
     with open_folder(tmp_path / "out") as folder:
         for name, digest in digests.items():
             raw = folder.tensor(name).reshape(-1).view(torch.uint8).numpy()
             assert hashlib.sha256(memoryview(raw)).hexdigest() == digest, name
-    assert report["seconds"] < 1.5 * (sink["seconds"] + plain)
+
+    def seconds(copy: Callable[[Path, Path], None]) -> float:
+        for file in (tmp_path / "out").iterdir():
+            # So that both read from the disk.
+            flush_to_disk(file)
+        begin = time.monotonic()
+        copy(tmp_path / "out", tmp_path / "copy")
+        taken = time.monotonic() - begin
+        shutil.rmtree(tmp_path / "copy")
+        return taken
+
+    def plainly(source: Path, destination: Path) -> None:
+        shutil.copytree(source, destination)
+        for file in destination.iterdir():
+            flush_to_disk(file)
+
+    def convert(source: Path, destination: Path) -> None:
+        subprocess.run([sys.executable, "-m", "convert", str(source), str(destination)], cwd=ROOT, check=True)
+
+    plain, converted = seconds(plainly), seconds(convert)
+    print(f"made and written in {report['seconds']} s, converted in {converted:.1f} s, copied in {plain:.1f} s")
+    assert converted < 1.5 * plain

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from convert import names
-from convert.huggingface import open_folder, parse_size, write_folder
+from convert.checkpoint import Deferred
+from convert.huggingface import open_folder
+from convert.writer import parse_size, write_folder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,6 +137,7 @@ def test_writes_slices_of_fused_weights_and_aliases(
 
 @pytest.mark.parametrize("limit", [20_000, 50_000])
 def test_one_shard_in_memory(tmp_path: Path, tiny_config: Any, limit: int) -> None:
+    """A shard is written before the tensor that has no room in it is made."""
     config = tiny_config | {"num_hidden_layers": 20}
     alive = most = 0
 
@@ -142,20 +145,21 @@ def test_one_shard_in_memory(tmp_path: Path, tiny_config: Any, limit: int) -> No
         nonlocal alive
         alive -= size
 
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+    def make(shape: tuple[int, ...]) -> torch.Tensor:
         nonlocal alive, most
-        for name, shape in names.huggingface(config).items():
-            # The tensor's storage keeps this array alive, however many tensors share it.
-            array = np.zeros(shape, np.float32)
-            weakref.finalize(array, release, array.nbytes)
-            alive += array.nbytes
-            most = max(most, alive)
-            yield name, torch.from_numpy(array)
+        # The tensor's storage keeps this array alive, however many tensors share it.
+        array = np.zeros(shape, np.float32)
+        weakref.finalize(array, release, array.nbytes)
+        alive += array.nbytes
+        most = max(most, alive)
+        return torch.from_numpy(array)
 
-    write_folder(tmp_path / "out", config, stream(), max_shard_size=limit)
-    largest = 64 * 32 * 4
-    # A full shard, the tensor that did not fit, and the one that the generator makes meanwhile.
-    assert limit // 2 < most <= limit + 2 * largest
+    sizes = {name: 4 * torch.Size(shape).numel() for name, shape in names.huggingface(config).items()}
+    stream = (
+        (name, Deferred(sizes[name], lambda s=shape: make(s))) for name, shape in names.huggingface(config).items()
+    )
+    write_folder(tmp_path / "out", config, stream, max_shard_size=limit)
+    assert limit // 2 < most <= limit
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,7 @@ def run_writer(
         import json, os, resource, signal, sys, time, torch
         from pathlib import Path
         from convert import names
-        from convert.huggingface import write_folder
+        from convert.writer import write_folder
         folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
         def stream():
             for i, (name, shape) in enumerate(names.huggingface(config).items()):
@@ -280,7 +284,7 @@ def run_writer(
                     {during}
                 yield name, torch.zeros(shape)
         {before}
-        write_folder(folder / "out", config, stream(), max_shard_size=20_000, force=True, resume={resume!r})
+        write_folder(folder / "out", config, stream(), max_shard_size=10_000, force=True, resume={resume!r})
     """
     command = [sys.executable, "-c", textwrap.dedent(body), str(tmp_path), json.dumps(config)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
@@ -317,11 +321,11 @@ def test_a_killed_process_loses_no_finished_shard(
     zeros = {name: torch.zeros_like(tensor) for name, tensor in random_tensors(tiny_config).items()}
     made = []
 
-    def stream() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    def stream() -> Iterator[tuple[str, Deferred]]:
         for name, tensor in zeros.items():
-            yield name, lambda name=name, tensor=tensor: made.append(name) or tensor  # type: ignore[misc]
+            yield name, Deferred(tensor.nbytes, lambda name=name, tensor=tensor: made.append(name) or tensor)  # type: ignore[misc]
 
-    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=20_000, resume="work")
+    write_folder(tmp_path / "out", tiny_config, stream(), max_shard_size=10_000, resume="work")
     assert_same(tmp_path / "out", zeros)
     assert 0 < len(made) < len(zeros)
     assert set(zeros) - set(made) == {
@@ -370,7 +374,7 @@ def test_killed_while_replacing(
 
 
 def test_operating_system_refuses_to_write(tmp_path: Path, tiny_config: Any) -> None:
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     process = run_writer(tmp_path, tiny_config, limit, "pass")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

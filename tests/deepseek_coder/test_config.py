@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convert import names
-from convert.huggingface import normalise_config
+from convert.config import normalise_config
 from deepseek_coder import Decoder, ModelConfig
 from deepseek_coder.config import RELEASED
 
