@@ -61,16 +61,18 @@ def repository(
     prefix: str,
     suffix: str | None = None,
     max_tokens: int = 16384,
+    sign: str = "hash",
 ) -> list[int]:
     """A completion of `path` (or, unless `suffix` is None, an infilling) with the repository's other files before it.
 
     files: path -> text of the other files. Those that `path` imports, directly or not, stand nearest to it, the
     dependencies of a file always before it; unrelated files come first. Every file begins with a comment that names
     its path. Where the whole is longer than `max_tokens`, files are left out from the front, never cut.
-    In an infilling the other files are the beginning of the prefix.
+    In an infilling the other files are the beginning of the prefix. sign: of the path comments, "hash" as the released
+    models have it, or "language" for a model trained on a corpus of that form (`repository.path_comment`).
     """
     others = {name: text for name, text in files.items() if name != path}
-    pieces = [tokenizer.encode(repo.path_comment(path) + prefix)]
+    pieces = [tokenizer.encode(repo.path_comment(path, sign) + prefix)]
     tail = tokenizer.encode(suffix or "")
     fixed = len(completion(tokenizer, "") if suffix is None else fim(tokenizer, "", ""))
     alone = fixed + len(pieces[0]) + len(tail)
@@ -81,7 +83,7 @@ def repository(
         )
     room = max_tokens - alone
     for name in reversed(_nearest_last(others, path, prefix + (suffix or ""))):
-        ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")])[0])
+        ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")], sign)[0])
         if len(ids) > room:
             break
         room -= len(ids)
@@ -98,7 +100,7 @@ def _nearest_last(others: dict[str, str], path: str, text: str) -> list[str]:
     edges = repo.imports(files)
     needed, frontier = {path}, [path]
     while frontier:
-        fresh = edges.get(frontier.pop(), set()) - needed
+        fresh = edges[frontier.pop()].keys() - needed
         needed |= fresh
         frontier += fresh
     ordered = [name for component in repo.order(files, edges) for name in component if name != path]

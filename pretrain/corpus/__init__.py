@@ -34,14 +34,14 @@ __all__ = ["Document", "build", "documents", "load_config", "summary"]
 
 FORMAT = 1
 
-_SECTIONS = {"crawl": crawl.Limits, "filter": rules.Rules}
+_SECTIONS = {"crawl": crawl.Limits, "filter": rules.Rules, "documents": order.Settings}
 
 # The modules that decide what a stage writes: when one of them changes, the stage is done again.
 _CODE = {
     "crawl": (crawl, sources, languages),
     "filter": (rules,),
     "dedup": (dedup,),
-    "documents": (order, repository, languages),
+    "documents": (order, languages, repository, *repository.MODULES),
 }
 
 
@@ -58,7 +58,7 @@ def build(
     an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.
     """
     out = Path(out).expanduser().resolve()
-    limits, filter_rules = _settings(config or {})
+    limits, filter_rules, arrangement = _settings(config or {})
     if workers < 1:
         raise ValueError(f"{workers} workers cannot build a corpus; give 1 or more")
     repositories = find(sources, out)
@@ -68,7 +68,7 @@ def build(
     except OSError as error:
         raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
     with process_pool(workers) as pool:
-        stages = _run_stages(repositories, out, limits, filter_rules, {"pool": pool, "progress": progress})
+        stages = _run_stages(repositories, out, limits, filter_rules, arrangement, {"pool": pool, "progress": progress})
     manifest = {
         "format": FORMAT,
         "sources": list(sources),
@@ -81,7 +81,12 @@ def build(
 
 
 def _run_stages(
-    repositories: list[Repository], out: Path, limits: crawl.Limits, filter_rules: rules.Rules, how: dict[str, Any]
+    repositories: list[Repository],
+    out: Path,
+    limits: crawl.Limits,
+    filter_rules: rules.Rules,
+    arrangement: order.Settings,
+    how: dict[str, Any],
 ) -> dict[str, Manifest]:
     shards = crawl.plan(repositories, out, limits)
     crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **how)
@@ -96,8 +101,8 @@ def _run_stages(
         raise ValueError(
             f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
         )
-    shards = follow((unique, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
-    stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **how)
+    shards = follow((unique, "part"), (crawled, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
+    stages["documents"] = run("documents", out, order.order_shard, shards, arrangement, _CODE["documents"], **how)
     return stages
 
 
@@ -118,7 +123,7 @@ def documents(corpus_dir: Path) -> Iterator[Document]:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """A TOML file with the sections [crawl] and [filter], checked. Raises FileNotFoundError or ValueError."""
+    """A TOML file with the sections [crawl], [filter] and [documents]. Raises FileNotFoundError or ValueError."""
     try:
         config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         _settings(config)
@@ -129,13 +134,14 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
+def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules, order.Settings]:
     for section in config:
         if section not in _SECTIONS:
             raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {', '.join(_SECTIONS)}")
     return (
         settings_of(crawl.Limits, "crawl", config.get("crawl", {})),
         settings_of(rules.Rules, "filter", config.get("filter", {})),
+        settings_of(order.Settings, "documents", config.get("documents", {})),
     )
 
 

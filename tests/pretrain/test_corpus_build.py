@@ -17,7 +17,7 @@ import pytest
 
 from deepseek_coder import repository
 from pretrain import corpus
-from pretrain.corpus.order import repository_documents
+from pretrain.corpus.order import Settings, repository_documents
 
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (asyncio, email, importlib, json, pygments)}
 
@@ -148,22 +148,41 @@ def test_documents_of_a_repository():
         return {"path": path, "language": language, "text": text}
 
     kept = [
-        row("lib/core.c", "C", '#include "core.h"\n'),
+        row("lib/core.c", "C", '#include "core.h"\n#include "gone.h"\n'),
         row("lib/core.h", "C", "int core;\n"),
         row("p/a.py", "Python", "import json\nfrom . import b, gone\n"),
         row("p/b.py", "Python", "B = 1"),
+        row("p/use.cc", "C++", '#include "core.h"\n'),
+        row("web/a.ts", "TypeScript", "import { b } from 'shared/b'\n"),
+        row("web/b.ts", "TypeScript", "export const b = 1\n"),
         row("z.py", "Python", "Z = 1\n"),
     ]
-    documents, counts = repository_documents("r", kept, ["p/__init__.py", "p/json.py", "p/gone.py"])
+    gone = dict.fromkeys(["p/__init__.py", "p/json.py", "p/gone.py", "lib/gone.h"], "")
+    gone["web/package.json"] = '{"name": "shared"}'
+    documents, counts = repository_documents("r", kept, gone, Settings())
     assert [(document.language, document.paths) for document in documents] == [
-        ("C", ["lib/core.c"]),
-        ("C", ["lib/core.h"]),
+        ("C", ["lib/core.h", "lib/core.c", "p/use.cc"]),
         ("Python", ["p/b.py", "p/a.py"]),
+        ("TypeScript", ["web/b.ts", "web/a.ts"]),
         ("Python", ["z.py"]),
     ]
-    assert documents[2].texts == ["#p/b.py\nB = 1\n\n", "#p/a.py\nimport json\nfrom . import b, gone\n"]
+    assert documents[1].texts == ["#p/b.py\nB = 1\n\n", "#p/a.py\nimport json\nfrom . import b, gone\n"]
+    assert documents[0].texts[0] == "//lib/core.h\nint core;\n\n"
     # p is a package although its __init__.py was dropped, so `import json` is not p/json.py.
-    assert counts == {"dependencies": 1, "dependencies_first": 1, "dependencies_dropped": 1}
+    one = {"all": 1, "first": 1, "strong": 1, "strong_first": 1}
+    assert counts == {
+        "dependencies": 4,
+        "dependencies_first": 4,
+        "dependencies_dropped": 2,
+        "edges": {"C": one, "C++": one, "Python": one, "TypeScript": one},
+    }
+    documents, counts = repository_documents("r", kept, gone, Settings(order="path", path_comment="hash"))
+    assert [document.paths for document in documents][:2] == [
+        ["lib/core.c", "lib/core.h", "p/use.cc"],
+        ["p/a.py", "p/b.py"],
+    ]
+    assert documents[0].texts[0].startswith("#lib/core.c\n")
+    assert (counts["dependencies"], counts["dependencies_first"]) == (4, 1)
 
 
 def test_the_filter_records_its_reasons(tmp_path):
@@ -219,13 +238,19 @@ def test_configuration(tmp_path):
             "[filter]\nmean_line = 1",
             r"c\.toml: unknown key 'mean_line' in \[filter\].*known: mean_line_length, longest_line",
         ),
-        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter"),
+        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter, documents"),
         ("filter = 3", r"\[filter\] of the corpus configuration is 3; it must be a table"),
         ("[filter]\nlongest_line = 1.5", r"longest_line in \[filter\].* is 1\.5; it must be a whole number >= 0"),
         ("[filter]\nalphabetic_share = -0.1", r"alphabetic_share .* is -0\.1; it must be a number >= 0"),
         ("[filter]\nalphabetic_share = nan", r"alphabetic_share .* is nan"),
         ("[filter]\nalphabetic_share = true", r"alphabetic_share .* is True"),
         ("[crawl]\nclone_seconds = 'x'", r"clone_seconds .* is 'x'"),
+        (
+            "[documents]\norder = 'best'",
+            r"order in \[documents\].* is 'best'; it must be one of feedback, paper, path, random",
+        ),
+        ("[documents]\npath_comment = ''", r"path_comment in \[documents\].* must be one of language, hash"),
+        ("[documents]\nseed = -1", r"seed in \[documents\].* is -1"),
         ("[crawl", r"c\.toml: "),
     ],
 )
