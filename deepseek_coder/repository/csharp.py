@@ -28,7 +28,7 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
     """See `repository.imports`."""
     declared = Declarations()
     own: dict[str, set[str]] = {}
-    parts: dict[str, list[str]] = {}  # type -> files that declare it
+    parts: dict[str, list[str]] = {}  # partial type -> files that declare it
     for path, text in files.items():
         spaces = [(match.start(), match["name"].strip(".")) for match in matches(text, "namespace", _NAMESPACE)]
         own[path] = {name for _, name in spaces} or {""}
@@ -37,7 +37,10 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
                 spaces.pop(0)
             space = spaces[0][1] if spaces else ""
             declared.add(space, match[1], path)
-            parts.setdefault(f"{space}.{match[1]}", []).append(path)
+            if match[1].endswith("Attribute"):
+                declared.add(space, match[1].removesuffix("Attribute"), path)  # as it is written in brackets
+            if "partial" in match[0]:
+                parts.setdefault(f"{space}.{match[1]}", []).append(path)
     usings = {path: _usings(text) for path, text in files.items()}
     projects = {folder_of(path) for path in present if path.endswith(".csproj")}
     everywhere: dict[str, set[str]] = {}

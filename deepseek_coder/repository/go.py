@@ -50,7 +50,7 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
 
 
 def _declared(text: str) -> Iterator[str]:
-    yield from (name for name in _DECLARED.findall("\n" + text) if name)
+    yield from (name for name in _DECLARED.findall("\n" + text) if name not in ("", "main", "init", "_"))
     for group in _GROUP.finditer("\n" + text):
         yield from _MEMBER.findall(group["body"])
 
@@ -111,8 +111,8 @@ def _dependencies(
     found: dict[str, bool] = {}
     used: dict[bytes, set[bytes]] = {}  # what stands before a dot -> what stands behind it
     alone: set[bytes] = set()
-    for word in words(text, dotted=True):
-        first, dot, rest = word.strip(b".").partition(b".")
+    for word in words(text):
+        first, dot, rest = word.partition(b".")
         alone.add(first)
         if dot:
             used.setdefault(first, set()).add(rest.partition(b".")[0])

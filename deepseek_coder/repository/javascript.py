@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 from .graph import Edges
 from .paths import Nearest, ancestors, folder_of, join, name_of, normal, stem_of
 
-_SPECIFIER = re.compile(r"""(?:\bfrom|\bimport|\brequire)\s*+(?P<call>\(\s*+)?["'`](?P<name>[^"'`\n]{1,500})["'`]""")
+# One expression for each word: one that begins with a fixed text is found ten times faster than one that may begin
+# with any of three.
+_QUOTED = r"""["'`](?P<name>[^"'`\n]{1,500})["'`]"""
+_FROM = re.compile(r"from\s*+" + _QUOTED)
+_CALLS = (re.compile(r"import\s*+(?P<call>\(\s*+)?" + _QUOTED), re.compile(r"require\s*+(?P<call>\(\s*+)" + _QUOTED))
 _STATEMENT_START = 2000  # characters before `from` in which its `import` is looked for
 _TYPE_ONLY = re.compile(r"(?:import|export)\s+type\b(?!\s*(?:,|from\s*[\"']))")
 
 # In the order of preference: a source before what may be compiled from it.
-_EXTENSIONS = (".ts", ".tsx", ".mts", ".cts", ".js", ".jsx", ".mjs", ".cjs", ".jsm", ".d.ts", ".d.mts", ".d.cts")
-_COMPILED = re.compile(r"\.(?:js|jsx|mjs|cjs|d)$")
+_EXTENSIONS = (".ts", ".tsx", ".mts", ".cts", ".js", ".jsx", ".mjs", ".cjs", ".jsm")
+_COMPILED = re.compile(r"(?:\.d)?\.(?:js|jsx|mjs|cjs|ts|mts|cts)$|\.d$")
+_PUBLISHED = re.compile(r"^(?:\./)?(?:dist|lib|build|out)/(?:(?:esm|cjs|es|types)/)?")
 
 
 class _Config(NamedTuple):
@@ -45,17 +50,19 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
 def specifiers(text: str) -> Iterator[tuple[str, bool]]:
     """(what is imported, whether strongly)"""
     done = 0
-    for match in _SPECIFIER.finditer(text):
+    for match in _FROM.finditer(text):
         start = match.start()
-        if match["call"]:
+        begin = max(text.rfind(word, max(done, start - _STATEMENT_START), start) for word in ("import", "export"))
+        yield match["name"], begin == -1 or not _TYPE_ONLY.match(text, begin)
+        done = match.end()
+    for pattern in _CALLS:
+        done = 0
+        for match in pattern.finditer(text):
+            start = match.start()
             line = text.rfind("\n", max(done, start - _STATEMENT_START), start) + 1
             indented = text[line : line + 1].isspace()
-            strong = not (indented or text.startswith("import", start))
-        else:
-            begin = max(text.rfind(word, max(done, start - _STATEMENT_START), start) for word in ("import", "export"))
-            strong = begin == -1 or not _TYPE_ONLY.match(text, begin)
-        done = match.end()
-        yield match["name"], strong
+            yield match["name"], not (match["call"] and (indented or text.startswith("import", start)))
+            done = match.end()
 
 
 class _Modules:
@@ -84,16 +91,18 @@ class _Modules:
         self._nearest: dict[str, _Config | None] = {}
 
     def _add_package(self, path: str, package: Any) -> None:
-        if not isinstance(package, dict) or not isinstance(package.get("name"), str):
+        if not isinstance(package, dict):
             return
-        self.packages.add(package["name"], path)
+        if isinstance(package.get("name"), str):
+            self.packages.add(package["name"], path)
         entries = [package[key] for key in ("source", "types", "module", "main") if isinstance(package.get(key), str)]
         self.entries[path] = [*entries, "src/index", "index", "lib/index", "src/main"]
 
     def resolve(self, name: str, importer: str) -> str | None:
         folder = folder_of(importer)
         if name.startswith((".", "/")):
-            return self._file(folder if name[0] == "." else "", name)
+            base = folder if name[0] == "." else ""
+            return self._file(base, name) or self._entry(join(normal(base, name) or "", "package.json"))
         config = self._config(folder)
         if config is not None:
             for before, behind, targets in config.patterns:
@@ -131,11 +140,13 @@ class _Modules:
         folder, below = folder_of(manifest), name.split("/", count)[count:]
         if below:
             return self._file(folder, below[0]) or self._file(join(folder, "src"), below[0])
-        for entry in self.entries[manifest]:
-            # What a package publishes lies in dist/, and is made from src/.
-            file = self._file(folder, entry) or self._file(
-                folder, re.sub(r"^(?:\./)?(?:dist|lib|build|out)/(?:(?:esm|cjs|es|types)/)?", "src/", entry)
-            )
+        return self._entry(manifest)
+
+    def _entry(self, manifest: str) -> str | None:
+        """The file that a package.json names for the package as a whole; rather its source than what is made of it."""
+        folder = folder_of(manifest)
+        for entry in self.entries.get(manifest, ()):
+            file = self._file(folder, _PUBLISHED.sub("src/", entry)) or self._file(folder, entry)
             if file is not None:
                 return file
         return None
@@ -156,8 +167,9 @@ class _Modules:
         return config
 
 
-def _preference(path: str) -> tuple[int, str]:
-    return next((i for i, extension in enumerate(_EXTENSIONS) if path.endswith(extension)), len(_EXTENSIONS)), path
+def _preference(path: str) -> tuple[bool, int, str]:
+    declares = stem_of(path).endswith(".d")  # a .d.ts
+    return declares, next((i for i, ext in enumerate(_EXTENSIONS) if path.endswith(ext)), len(_EXTENSIONS)), path
 
 
 def _without_extension(path: str) -> str:

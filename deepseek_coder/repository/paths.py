@@ -60,8 +60,9 @@ def suffixes(path: str, wanted: Container[str]) -> Iterator[str]:
 class Nearest:
     """name -> files, and which of them is meant: the one that shares the most folders with the file that asks.
 
-    Of equally near ones the first by (folder depth, path). With many files of one name, their folders' tree is indexed
-    at the first question, so that 100,000 files of one name that are asked for 100,000 times take no quadratic time.
+    Of equally near ones the first by (folder depth, length, path): x.cs before x.part.cs. With many files of one name,
+    their folders' tree is indexed at the first question, so that 100,000 files of one name that are asked for 100,000
+    times take no quadratic time.
     """
 
     def __init__(self) -> None:
@@ -92,7 +93,7 @@ class Nearest:
 
 def _tree(files: list[str]) -> dict[str, list[str]]:
     tree: dict[str, list[str]] = {}
-    for path in sorted(set(files), key=lambda path: (path.count("/"), path)):
+    for path in sorted(set(files), key=lambda path: (path.count("/"), len(path), path)):
         for folder in ancestors(folder_of(path)):
             first = tree.setdefault(folder, [])
             if len(first) < 2:

@@ -31,14 +31,19 @@ def matches(text: str, word: str, pattern: re.Pattern[str], ends: str = "\n;") -
         begins = False
 
 
-# Every byte that cannot be part of a name becomes a space; bytes of other scripts count as letters.
-_NAMES = bytes(b if b >= 128 or chr(b).isalnum() or b == ord("_") else ord(" ") for b in range(256))
-_DOTTED = bytes(ord(".") if b == ord(".") else _NAMES[b] for b in range(256))
+# Every byte that can be neither part of a name nor the dot between two becomes a space; bytes of other scripts count as
+# letters.
+_NAMES = bytes(b if b >= 128 or chr(b).isalnum() or chr(b) in "_." else ord(" ") for b in range(256))
 
 
-def words(text: str, dotted: bool = False) -> set[bytes]:
-    """The names in a text, each once, as UTF-8: ten times faster than a regular expression. dotted: `a.b` is one."""
-    return set(text.encode("utf-8", "surrogatepass").translate(_DOTTED if dotted else _NAMES).split())
+def words(text: str) -> set[bytes]:
+    """The names in a text, `a.b` as one and `.b` behind a bracket, as UTF-8: ten times faster than an expression."""
+    return set(text.encode("utf-8", "surrogatepass").translate(_NAMES).split())
+
+
+def first_names(text: str) -> set[bytes]:
+    """The names in a text that do not stand behind a dot: of `a.b` only a."""
+    return {word.partition(b".")[0] for word in words(text)}
 
 
 class Declarations:
@@ -47,10 +52,15 @@ class Declarations:
     def __init__(self) -> None:
         self.files = Nearest()
         self._namespaces: dict[bytes, set[str]] = {}  # name -> where it is declared
+        self._pairs: set[tuple[str, str]] = set()  # (qualified name, file)
 
     def add(self, namespace: str, name: str, path: str, implicit: bool = True) -> None:
         """implicit: the name can be used without an import, by files of the namespace and by those that open it."""
-        self.files.add(f"{namespace}.{name}", path)
+        qualified = f"{namespace}.{name}"
+        if (qualified, path) in self._pairs:
+            return
+        self._pairs.add((qualified, path))
+        self.files.add(qualified, path)
         if implicit:
             self._namespaces.setdefault(name.encode("utf-8", "surrogatepass"), set()).add(namespace)
 
@@ -64,9 +74,10 @@ class Declarations:
         return None
 
     def used(self, text: str, namespaces: Collection[str], importer: str) -> Iterator[tuple[str, str]]:
-        """(namespace, file) of every name in the text that one of the open namespaces declares."""
-        for word in words(text) & self._namespaces.keys():
+        """(namespace, file) of every name in the text that one of the open namespaces declares, not the file itself."""
+        for word in first_names(text) & self._namespaces.keys():
             for namespace in sorted(self._namespaces[word].intersection(namespaces)):
-                path = self.files.find(f"{namespace}.{word.decode('utf-8', 'surrogatepass')}", importer)
-                if path is not None:
+                qualified = f"{namespace}.{word.decode('utf-8', 'surrogatepass')}"
+                path = self.files.find(qualified, importer)
+                if path is not None and (qualified, importer) not in self._pairs:
                     yield namespace, path
