@@ -48,21 +48,30 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
 
 
 def specifiers(text: str) -> Iterator[tuple[str, bool]]:
-    """(what is imported, whether strongly)"""
+    """(what is imported, whether strongly); not what stands in a comment, where examples are."""
     done = 0
     for match in _FROM.finditer(text):
-        start = match.start()
-        begin = max(text.rfind(word, max(done, start - _STATEMENT_START), start) for word in ("import", "export"))
-        yield match["name"], begin == -1 or not _TYPE_ONLY.match(text, begin)
+        low = max(done, match.start() - _STATEMENT_START)
+        begin = max(text.rfind(word, low, match.start()) for word in ("import", "export"))
         done = match.end()
+        if begin != -1 and not _in_comment(text, low, begin):
+            yield match["name"], not _TYPE_ONLY.match(text, begin)
     for pattern in _CALLS:
         done = 0
         for match in pattern.finditer(text):
             start = match.start()
-            line = text.rfind("\n", max(done, start - _STATEMENT_START), start) + 1
-            indented = text[line : line + 1].isspace()
-            yield match["name"], not (match["call"] and (indented or text.startswith("import", start)))
+            low = max(done, start - _STATEMENT_START)
             done = match.end()
+            if not _in_comment(text, low, start):
+                line = text.rfind("\n", low, start) + 1
+                late = text[line : line + 1].isspace() or text.startswith("import", start)
+                yield match["name"], not (match["call"] and late)
+
+
+def _in_comment(text: str, low: int, at: int) -> bool:
+    """Whether the line of position `at` is one of a comment; it is looked at from position `low`."""
+    line = text.rfind("\n", low, at) + 1
+    return line > 0 and text[line:at].lstrip().startswith(("*", "//", "/*"))
 
 
 class _Modules:

@@ -19,8 +19,8 @@ _IMPORT = re.compile(
 )
 _DECLARED = re.compile(
     r"\n(?:@\w+[ \t]+)*+(?:(?:public|private|protected|internal|abstract|final|sealed|non-sealed|strictfp|static|open"
-    r"|data|inline|value|case|implicit|lazy|override|suspend|annotation|enum|expect|actual|fun|transparent|opaque|const"
-    r"|lateinit|external|tailrec|infix|operator|package)[ \t]+)*+"
+    r"|data|inline|value|case|implicit|lazy|override|suspend|annotation|enum(?=[ \t]+class)|expect|actual"
+    r"|fun(?=[ \t]+interface)|transparent|opaque|const|lateinit|external|tailrec|infix|operator|package)[ \t]+)*+"
     r"(?:class|@?interface|object|trait|enum|record|typealias|type|def|fun|val|var|given)[ \t]+"
     r"(?:<[^>\n]*>[ \t]*)?(?:[\w.<>?]+\.)?(\w+)"
 )

@@ -61,12 +61,17 @@ CASES = {
     ),
     "Kotlin and Java": (
         {
-            "A.kt": "package a\nimport b.Shape\nimport b.area as size\nimport j.J\nfun main() = Near()",
+            "A.kt": "package a\nimport b.Shape\nimport b.area as size\nimport j.J\n"
+            "import e.grow\nimport e.Kind\nfun main() = Near()",
             "types.kt": "package a\ninternal class Near\nclass Unused2",
             "shapes.kt": "package b\nsealed interface Shape\nfun Shape.area() = 1",
+            "extensions.kt": "package e\ninternal fun <T> List<T>.grow() = 1\nenum class Kind",
             "J.java": "package j;\nimport a.Near;\nclass J {}",
         },
-        {"A.kt": {"shapes.kt": True, "J.java": True, "types.kt": False}, "J.java": {"types.kt": True}},
+        {
+            "A.kt": {"shapes.kt": True, "J.java": True, "extensions.kt": True, "types.kt": False},
+            "J.java": {"types.kt": True},
+        },
     ),
     "Scala": (
         {
@@ -107,12 +112,14 @@ CASES = {
     ),
     "TypeScript": (
         {
-            "src/a.ts": "import x from './b'\nimport {\n  y,\n} from './c.js';\nexport * from \"./dir\"\n"
+            "src/a.ts": "/** Example:\n * import {e} from './example'\n */\n// require('./example')\n"
+            "import x from './b'\nimport {\n  y,\n} from './c.js';\nexport * from \"./dir\"\n"
             "import type { T } from './t'\n"
             "import './side'\nconst z = require('../z')\nasync () => {\n  await import('./late')\n}\n"
             "export type { U } from './u'\n"
             "import data from './data.json'\nimport type from './d'\nimport react from 'react'\n",
             "src/b.tsx": "",
+            "src/example.ts": "",
             "src/c.ts": "",
             "src/c.d.ts": "",
             "src/dir/index.ts": "",
