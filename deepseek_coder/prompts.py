@@ -22,16 +22,20 @@ SYSTEM = (
 # sha256 of the chat template that the released instruct models carry: what `chat` renders without running Jinja.
 CHAT_TEMPLATE_SHA256 = "993c0af704bad76aeba4263a5318f7873a06420a8eb7d40b72a49c39599c0a66"
 
+# Orders of an infilling's parts.
+FIM_MODES = ("psm", "spm", "joint")
+
 
 def completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """[BOS] text: the model continues it."""
     return tokenizer.encode(text, bos=tokenizer.add_bos)
 
 
-def fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+def fim(tokenizer: Tokenizer, prefix: str, suffix: str, mode: str = "psm") -> list[int]:
     """[BOS] <fim_begin> prefix <fim_hole> suffix <fim_end>: the model writes what stands in the hole, then EOS.
 
-    Text is joined as it is; nothing is added around the hole. Order PSM, the only one DeepSeek-Coder was trained on.
+    Text is joined as it is; nothing is added around the hole. mode: PSM is the only order that DeepSeek-Coder was
+    trained on; the others of FIM_MODES are for models that were trained here with them.
     Raises ValueError for a vocabulary without FIM tokens. Warns for instruct models: their tuning had no FIM.
     """
     if tokenizer.fim_ids is None:
@@ -43,14 +47,21 @@ def fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
         warnings.warn(
             "this is an instruct model, tuned without infilling; a base model fills holes better", stacklevel=2
         )
-    return fim_sample(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix))
+    return fim_sample(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix), mode)
 
 
-def fim_sample(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
-    """The ids of `fim` from encoded parts; a training sample goes on with the middle and EOS."""
+def fim_sample(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int], mode: str = "psm") -> list[int]:
+    """The ids of `fim` from encoded parts; a training sample goes on with the middle and EOS.
+
+    mode: "psm"; "spm", suffix before prefix; "joint", the prefix last, so that the middle continues it.
+    """
     assert tokenizer.fim_ids is not None
     begin, hole, end = tokenizer.fim_ids
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    if mode == "spm":
+        return [*bos, hole, *suffix, begin, *prefix, end]
+    if mode == "joint":
+        return [*bos, begin, hole, *suffix, end, *prefix]
     return [*bos, begin, *prefix, hole, *suffix, end]
 
 

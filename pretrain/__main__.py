@@ -76,7 +76,8 @@ def show(
     """Print training windows as the loader makes them, control tokens visible."""
     chosen = recipe.load(recipe_file) if recipe_file else recipe.Recipe()
     data = chosen.data
-    windows = load_windows(tokens, "train", data.window, chosen.train.seed, data.fim_rate, data.fim_loss)
+    how = (data.fim_rate, data.fim_loss, data.fim_modes, data.fim_spans, data.packing)
+    windows = load_windows(tokens, "train", data.window, chosen.train.seed, *how)
     for index in range(number):
         print(described(windows, index))
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from deepseek_coder.config import ModelConfig
 
+from . import fim
+
 # What the blocks may compute in; weights and optimizer state stay in float32.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,13 +43,20 @@ class Model:
 class Data:
     """tokens: folder made by `python -m pretrain tokens`. window: tokens in a training window.
 
-    fim_loss: "all" tokens of FIM samples are trained on, or only the "middle". workers: loader processes (0: none).
+    fim_rate: share of documents that become FIM samples. fim_modes, fim_spans: each of them takes one of these, all as
+    likely; a name given twice is twice as likely (`fim.py` says what they are).
+    fim_loss: "all" tokens of FIM samples are trained on, or only the "middle".
+    packing: "best_fit", whole documents that do not see each other; or "concat", as DeepSeek-Coder did: all in a row,
+    cut where a window ends, and every token sees the whole window before it. workers: loader processes (0: none).
     """
 
     tokens: str = "tokens"
     window: int = 4096
     fim_rate: float = 0.5
+    fim_modes: tuple[str, ...] = ("psm",)
+    fim_spans: tuple[str, ...] = ("char",)
     fim_loss: str = "all"
+    packing: str = "best_fit"
     workers: int = 0
 
 
@@ -179,7 +188,10 @@ def _check(recipe: Recipe, source: str) -> None:
         *counts,
         ("model.vocab_multiple", recipe.model.vocab_multiple >= 1, "1 or more"),
         ("data.fim_rate", 0 <= data.fim_rate <= 1, "between 0 and 1"),
+        ("data.fim_modes", _some_of(data.fim_modes, fim.MODES), f"a list of {', '.join(fim.MODES)}"),
+        ("data.fim_spans", _some_of(data.fim_spans, fim.SPANS), f"a list of {', '.join(fim.SPANS)}"),
         ("data.fim_loss", data.fim_loss in ("all", "middle"), '"all" or "middle"'),
+        ("data.packing", data.packing in ("best_fit", "concat"), '"best_fit" or "concat"'),
         ("optimizer.learning_rate", 0 < optimizer.learning_rate < math.inf, "above 0"),
         (
             "optimizer.stage_ends",
@@ -204,6 +216,10 @@ def _check(recipe: Recipe, source: str) -> None:
         if not holds:
             section, name = key.split(".")
             raise ValueError(f"{source}: {key} is {getattr(getattr(recipe, section), name)!r}; it must be {wanted}")
+
+
+def _some_of(values: tuple[typing.Any, ...], known: tuple[str, ...]) -> bool:
+    return len(values) > 0 and all(value in known for value in values)
 
 
 def _section(kind: type, raw: Any, where: str) -> Any:

@@ -57,7 +57,8 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
 
     # Data: windows are a pure function of their number.
     data = recipe.data
-    windows = load_windows(data.tokens, "train", data.window, settings.seed, data.fim_rate, data.fim_loss)
+    how = (data.fim_rate, data.fim_loss, data.fim_modes, data.fim_spans, data.packing)
+    windows = load_windows(data.tokens, "train", data.window, settings.seed, *how)
     valid = load_windows(data.tokens, "valid", data.window, 0, 0.0, "all") if settings.validate_every else None
     tokenizer = windows.tokenizer
 

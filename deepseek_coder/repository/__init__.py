@@ -12,7 +12,7 @@ A repository is a plain {path: text} with forward slashes; nothing here reads a 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
-from ..languages import comment_line, language_of
+from ..languages import LANGUAGES, comment_line, language_of
 from . import c, csharp, go, graph, javascript, jvm, paths, php, python, ruby, rust, text
 from .graph import METHODS, Edges, components, is_test
 
@@ -27,6 +27,7 @@ __all__ = [
     "is_test",
     "order",
     "path_comment",
+    "path_in_comment",
     "pieces",
 ]
 
@@ -88,6 +89,15 @@ def path_comment(path: str, sign: str = "language") -> str:
     """
     path = path.replace("\\", "/")
     return ("#" + path if sign == "hash" else comment_line(path, path)) + "\n"
+
+
+def path_in_comment(line: str) -> str | None:
+    """The path of a path comment of either sign, without its line end; None for any other line."""
+    for language in LANGUAGES:
+        path = line.removeprefix(language.comment).removesuffix(language.comment_end)
+        if path != line and language_of(path) is language and path_comment(path) == line + "\n":
+            return path
+    return line[1:] if line.startswith("#") and language_of(line[1:]) else None
 
 
 def pieces(files: Iterable[tuple[str, str]], sign: str = "language") -> list[str]:

@@ -12,8 +12,8 @@ from pretrain.dataset import join_windows, load_windows, split_documents
 from pretrain.tokens import TokenFiles
 
 
-def windows(prepared, window=512, seed=0, fim_rate=0.5, fim_loss="all", split="train"):
-    return load_windows(prepared / "tokens", split, window, seed, fim_rate, fim_loss)
+def windows(prepared, window=512, seed=0, fim_rate=0.5, fim_loss="all", split="train", **how):
+    return load_windows(prepared / "tokens", split, window, seed, fim_rate, fim_loss, **how)
 
 
 def documents_of(window):
@@ -80,6 +80,101 @@ def test_fim_rate_and_loss_on_the_middle(prepared):
     assert abs(share - 0.5) < 3 * 0.5 / eligible.sum() ** 0.5
     assert 0.9 * plan.infill.sum() <= drawn <= plan.infill.sum()
     assert total == len(plan.samples)
+
+
+@pytest.mark.parametrize(
+    "modes, spans",
+    [(("psm",), ("char",)), (("spm",), ("line",)), (("joint",), ("ast",)), (("psm", "spm", "joint"), ("char", "ast"))],
+    ids=str,
+)
+def test_fim_samples_are_their_documents(prepared, modes, spans):
+    """In every mode and span: put together, a sample is a document; EOS ends it, and none is longer than it may be."""
+    made = windows(prepared, window=4096, fim_rate=1.0, fim_modes=modes, fim_spans=spans)
+    begin, hole, end = made.tokenizer.fim_ids
+    decode = made.tokenizer.decode
+    texts = {decode(made.tokens.ids[a:b].tolist()) for a, b in zip(made.samples.start, made.samples.end, strict=True)}
+    seen = set()
+    for index in range(made.windows_in(0)):
+        for ids, _ in documents_of(made[index]):
+            assert ids[0] == made.tokenizer.bos_id
+            assert ids[-1] == made.eos
+            at = {i: ids.index(i) for i in (begin, hole, end) if i in ids}
+            if not at:
+                continue
+            middle = decode(ids[at[end] + 1 : -1])
+            if at[hole] == 1:
+                mode, prefix = "spm", decode(ids[at[begin] + 1 : at[end]])
+                suffix = decode(ids[2 : at[begin]])
+            else:
+                mode, prefix = "joint" if at[hole] == 2 and len(modes) < 3 and "joint" in modes else "psm", ""
+                prefix, suffix = decode(ids[2 : at[hole]]), decode(ids[at[hole] + 1 : at[end]])
+            seen.add(mode)
+            assert prefix + middle + suffix in texts
+    assert seen >= set(modes) - ({"joint"} if len(modes) > 1 else set())
+
+
+def test_in_a_repository_only_the_last_file_has_a_hole(prepared):
+    made = windows(prepared, window=16384, fim_rate=1.0)
+    begin, hole, _ = made.tokenizer.fim_ids
+    several = 0
+    for sample in range(len(made.samples.start)):
+        ids, _ = made._document(sample, 0, bool(made.drawn(0)[sample]))
+        before = int(made.samples.last_file[sample] - made.samples.start[sample])
+        if begin in ids and before:
+            several += 1
+            start = int(made.samples.start[sample])
+            assert ids[ids.index(begin) + 1 :][:before] == made.tokens.ids[start : start + before].tolist()
+            assert ids.index(hole) > before
+    assert several > 3
+
+
+@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
+def test_one_row_of_documents(prepared, fim_rate):
+    """Packing "concat": every token of every document once, each predicted once, all windows full but the last."""
+    made = windows(prepared, window=4096, fim_rate=fim_rate, packing="concat")
+    plan = made._plan(0)
+    parts, filled = {}, []
+    for number in range(made.windows_in(0)):
+        window = made[number]
+        assert set(window.cu_seqlens.tolist()) == {0, 4096}
+        at = 0
+        for i in range(plan.starts[number], plan.starts[number + 1]):
+            size = int(plan.stops[i] - plan.begins[i])
+            tokens, targets = window.tokens[at : at + size].tolist(), window.targets[at : at + size].tolist()
+            parts.setdefault(int(plan.samples[i]), []).append((int(plan.begins[i]), tokens, targets))
+            at += size
+        filled.append(at)
+    assert sorted(filled)[1:] == [4096] * (len(filled) - 1)
+    assert len(parts) == len(made.samples.start)
+    for sample, found in parts.items():
+        ids, given = made._document(sample, 0, bool(plan.infill[sample]))
+        tokens = [token for _, part, _ in sorted(found) for token in part]
+        targets = [target for _, _, part in sorted(found) for target in part]
+        assert tokens[: len(ids)] == ids
+        assert all(token == made.eos for token in tokens[len(ids) :])
+        assert len(tokens) - len(ids) <= 11
+        assert targets[: len(ids)] == [-100] * (given - 1) + ids[given:] + [-100]
+        assert set(targets[len(ids) :]) <= {-100}
+
+
+def test_a_row_cuts_documents_that_best_fit_keeps(prepared):
+    row = windows(prepared, window=2048, fim_rate=0.0, packing="concat")
+    lengths = row.samples.lengths + row.overhead
+    pieces = np.bincount(row._plan(0).samples, minlength=len(lengths))
+    assert (pieces[lengths <= 2048] > 1).mean() > 0.1
+    for fim_rate in (0.0, 0.5):
+        made = windows(prepared, window=2048, fim_rate=fim_rate)
+        plan = made._plan(0)
+        assert sorted(plan.samples) == list(range(len(made.samples.start)))  # none is cut, none is twice there
+        made_lengths = [len(made._document(int(s), 0, bool(plan.infill[s]))[0]) for s in plan.samples]
+        assert 1 - sum(made_lengths) / (2048 * made.windows_in(0)) < 0.03
+
+
+def test_syntax_spans_need_their_grammars(prepared, monkeypatch):
+    monkeypatch.setattr("pretrain.grammars.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the packages tree-sitter, tree-sitter-c, .*install the extra"):
+        windows(prepared, fim_spans=("char", "ast"))
+    windows(prepared, fim_rate=0.0, fim_spans=("ast",))
 
 
 def test_order_is_a_pure_function_of_seed_and_number(prepared):
