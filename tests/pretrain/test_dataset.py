@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from deepseek_coder.tokenizer import Tokenizer
 from pretrain import tokens
 from pretrain.dataset import join_windows, load_windows, split_documents
+from pretrain.packing import pack
 from pretrain.tokens import TokenFiles
 
 
@@ -26,11 +27,12 @@ def documents_of(window):
 @given(
     documents=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6), max_size=10),
     capacity=st.integers(1, 25),
+    overhead=st.integers(0, 3),
 )
-def test_splitting_keeps_every_token_and_cuts_no_file_that_fits(documents, capacity):
+def test_splitting_keeps_every_token_and_cuts_no_file_that_fits(documents, capacity, overhead):
     files = np.cumsum([length for document in documents for length in document], dtype=np.int64)
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
-    samples = split_documents(files, ends, capacity)
+    samples = split_documents(files, ends, capacity, overhead)
     spans = list(zip(samples.start.tolist(), samples.end.tolist(), strict=True))
     assert [i for start, end in spans for i in range(start, end)] == list(range(files[-1] if len(files) else 0))
     assert all(0 < end - start <= capacity for start, end in spans)
@@ -40,6 +42,17 @@ def test_splitting_keeps_every_token_and_cuts_no_file_that_fits(documents, capac
             assert any(s <= start and end <= e for s, e in spans)
     for (_, end), last, whole in zip(spans, samples.last_file, samples.whole_file, strict=True):
         assert not whole or (last in starts and end in starts)
+
+
+def test_long_documents_fill_windows_together():
+    """A thousand documents of 40 files: best fit finds the runs that were cut for each other."""
+    lengths = np.random.default_rng(0).lognormal(6.5, 1.3, 40_000).astype(np.int64).clip(10, 40_000)
+    samples = split_documents(np.cumsum(lengths), np.arange(40, 40_001, 40), 16382, 2)
+    sizes = samples.lengths + 2
+    items, ends = pack(sizes, np.random.default_rng(1).permutation(len(sizes)), 16384, 512)
+    assert sorted(items) == list(range(len(sizes)))
+    assert 1 - sizes.sum() / (16384 * len(ends)) < 0.001
+    assert np.average(sizes, weights=sizes) > 9000  # most of the text still has much of its repository before it
 
 
 def test_an_epoch_holds_every_token_once(prepared):
