@@ -29,6 +29,7 @@ __all__ = [
     "path_comment",
     "path_in_comment",
     "pieces",
+    "related",
 ]
 
 SIGNS = ("language", "hash")  # of path comments
@@ -71,6 +72,13 @@ def imports(files: Mapping[str, str]) -> Edges:
         for path, dependencies in find(family, files).items() if family else ():
             edges[path] = {other: strong for other, strong in dependencies.items() if other != path}
     return edges
+
+
+def related(path: str) -> frozenset[str]:
+    """The names of the languages whose files may depend on a file or be its dependencies; its own where no other is."""
+    language = language_of(path)
+    name = language.name if language else ""
+    return next((frozenset(languages) for languages, _ in _FAMILIES if name in languages), frozenset((name,)) - {""})
 
 
 def order(files: Iterable[str], edges: Edges | None = None, method: str = "feedback", seed: int = 0) -> list[list[str]]:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from deepseek_coder.repository import imports
+from deepseek_coder.repository import imports, related
 
 # name -> (files, {path: {dependency: strong}}); files that are not named have none.
 CASES = {
@@ -365,3 +365,10 @@ def test_many_files_of_one_name_take_little_time(extension):
     assert time.process_time() - began < 8
     if extension not in ("ts", "go", "rs", "kt", "scala"):
         assert all(found[f"f{n % 70}/{n}/a.{extension}"].keys() == {f"f{n % 70}/{n}/{name}"} for n in range(5_000))
+
+
+def test_languages_that_share_files():
+    assert related("a/b.cpp") == related("x.h") == {"C", "C++", "CUDA"}
+    assert related("a.py") == {"Python"}
+    assert related("a.sql") == {"SQL"}
+    assert related("a.unknown") == frozenset()
