@@ -33,8 +33,13 @@ def corpus(
     config: Annotated[Path | None, typer.Option(help="TOML with other thresholds than DeepSeek's.")] = None,
 ) -> None:
     """Crawl, filter, deduplicate and order repositories into documents. Run again to continue."""
-    corpora.build(sources, out, workers, corpora.load_config(config) if config else None)
+    manifest = corpora.build(sources, out, workers, corpora.load_config(config) if config else None)
     print(corpora.summary(out))
+    if manifest["unread"]:
+        raise ValueError(
+            f"{len(manifest['unread'])} of the repositories could not be read, and the corpus holds the others: "
+            f"{'; '.join(manifest['unread'].values())}; the same command tries them again"
+        )
 
 
 @app.command()

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from deepseek_coder import languages, repository
 
 from ..files import write_json
-from . import crawl, dedup, order, rules, sources
+from . import archives, clones, crawl, dedup, generated, licences, order, rules, sources, vendored
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
@@ -38,7 +38,7 @@ _SECTIONS = {"crawl": crawl.Limits, "filter": rules.Rules}
 
 # The modules that decide what a stage writes: when one of them changes, the stage is done again.
 _CODE = {
-    "crawl": (crawl, sources, languages),
+    "crawl": (crawl, sources, archives, clones, vendored, generated, licences, languages),
     "filter": (rules,),
     "dedup": (dedup,),
     "documents": (order, repository, languages),
@@ -74,6 +74,7 @@ def build(
         "sources": list(sources),
         "config": {name: stages[name]["config"] for name in _SECTIONS},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
+        "unread": _unread(stages["crawl"]),
         "documents": [record["outputs"]["part"] for record in stages["documents"]["shards"].values()],
     }
     write_json(out / "manifest.json", manifest)
@@ -85,7 +86,8 @@ def _run_stages(
 ) -> dict[str, Manifest]:
     shards = crawl.plan(repositories, out, limits)
     crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **how)
-    shutil.rmtree(out / "cache", ignore_errors=True)
+    if not _unread(crawled):  # else the next run, which tries again, needs the other clones of the same shards
+        shutil.rmtree(out / "cache", ignore_errors=True)
     kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **how)
     digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **how)
     shards = dedup.decide(out, kept, digests)
@@ -93,12 +95,19 @@ def _run_stages(
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
     if not unique["counts"].get("files"):
         why = dropped_for({name: stage["counts"] for name, stage in stages.items()})
+        why = "; ".join([why, *_unread(crawled).values()])
         raise ValueError(
             f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
         )
     shards = follow((unique, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
     stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **how)
     return stages
+
+
+def _unread(crawled: Manifest) -> dict[str, str]:
+    """repository -> why it could not be read."""
+    found = [record.get("about", {}).get("unread", {}) for record in crawled["shards"].values()]
+    return {name: reason for part in found for name, reason in part.items()}
 
 
 def documents(corpus_dir: Path) -> Iterator[Document]:

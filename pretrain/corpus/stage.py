@@ -180,11 +180,22 @@ def settings_of(kind: type[T], section: str, values: Any) -> T:
             raise ValueError(
                 f"unknown key {key!r} in [{section}] of the corpus configuration; known: {', '.join(fields)}"
             )
-        allowed = (int,) if isinstance(fields[key], int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed) or not value >= 0:
-            what = "a whole number" if allowed == (int,) else "a number"
-            raise ValueError(f"{key} in [{section}] of the corpus configuration is {value!r}; it must be {what} >= 0")
-    return kind(**values)
+        expected = _expected(value, fields[key])
+        if expected:
+            raise ValueError(f"{key} in [{section}] of the corpus configuration is {value!r}; it must be {expected}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _expected(value: Any, default: Any) -> str:
+    """What a setting must be, by the type of its default, if `value` is not that; "" if it is."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        return "" if fits else "a list of texts"
+    if isinstance(default, str | bool):
+        return "" if type(value) is type(default) else "a text" if isinstance(default, str) else "true or false"
+    allowed = (int,) if isinstance(default, int) else (int, float)
+    fits = not isinstance(value, bool) and isinstance(value, allowed) and value >= 0
+    return "" if fits else f"{'a whole number' if isinstance(default, int) else 'a number'} >= 0"
 
 
 # ---- one shard -------------------------------------------------------------------------------------------------------
@@ -240,11 +251,12 @@ def _work(function: Function, out: Path, stage: str, shard: Shard, settings: Any
 
 
 def _finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
-    """The record of a shard that need not be done again: same key, and every output there in its full size."""
+    """The record of a shard that need not be done again: same key, all inputs read, every output in its full size."""
     try:
         record = json.loads((folder / f"shard-{name}.json").read_text())
         sizes = [(folder.parent / o["file"]).stat().st_size == o["bytes"] for o in record["outputs"].values()]
-        return record if record["key"] == key and all(sizes) else None
+        done = record["key"] == key and all(sizes) and not record.get("about", {}).get("unread")
+        return record if done else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -67,7 +67,7 @@ def test_without_the_extra():
 
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "latin.py").write_bytes(b"x = '\xe4'\n" * 50)
+    (tmp_path / "repo" / "binary.py").write_bytes(b"x = '\0'\n" * 50)
     refused(run("corpus", tmp_path / "repo", "--out", tmp_path / "corpus"), "nothing is left")
 
 

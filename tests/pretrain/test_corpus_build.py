@@ -169,7 +169,7 @@ def test_documents_of_a_repository():
 def test_the_filter_records_its_reasons(tmp_path):
     write(
         tmp_path / "r",
-        {"a.py": "one = 1\n", "b.py": "1234567\n", "c.json": '{"name": "b"}', "d.py": "\n", "e.py": b"\xff"},
+        {"a.py": "one = 1\n", "b.py": "1234567\n", "c.json": '{"name": "b"}', "d.py": "\n", "e.py": b"x = 1\0"},
     )
     manifest = corpus.build([str(tmp_path / "r")], tmp_path / "out", progress=False)
     assert rows(tmp_path / "out", "filter", "dropped") == [
@@ -177,8 +177,8 @@ def test_the_filter_records_its_reasons(tmp_path):
         {"repo": "r", "path": "c.json", "reason": "JSON or YAML length"},
         {"repo": "r", "path": "d.py", "reason": "empty"},
     ]
-    assert rows(tmp_path / "out", "crawl", "dropped") == [{"repo": "r", "path": "e.py", "reason": "not UTF-8"}]
-    assert manifest["counts"]["crawl"]["dropped"] == {"not UTF-8": 1}
+    assert rows(tmp_path / "out", "crawl", "dropped") == [{"repo": "r", "path": "e.py", "reason": "binary"}]
+    assert manifest["counts"]["crawl"]["dropped"] == {"binary": 1}
     assert manifest["counts"]["filter"] == {
         "files_in": 4,
         "files": 1,
@@ -189,10 +189,10 @@ def test_the_filter_records_its_reasons(tmp_path):
 
 
 def test_an_empty_corpus_says_what_was_dropped_for_what(tmp_path):
-    write(tmp_path / "r", {"a.py": "1 = 1\n", "b.txt": "x", "c.txt": "x", "d.py": b"\xff"})
+    write(tmp_path / "r", {"a.py": "1 = 1\n", "b.txt": "x", "c.txt": "x", "d.py": b"\0"})
     with pytest.raises(ValueError) as error:
         corpus.build([str(tmp_path / "r")], tmp_path / "out", progress=False)
-    assert "4 files found, dropped for crawl: unknown language 2, not UTF-8 1; filter: alphabetic share 1" in str(
+    assert "4 files found, dropped for crawl: unknown language 2, binary 1; filter: alphabetic share 1" in str(
         error.value
     )
     assert "\n" not in str(error.value)

@@ -209,24 +209,25 @@ def test_a_lost_or_cut_output_is_made_again(sources, tmp_path):
     assert contents(out) == expected
 
 
-def test_a_failed_shard_does_not_stop_the_others(sources, tmp_path):
+def test_a_repository_that_cannot_be_read_does_not_stop_the_others(sources, tmp_path):
+    """It is recorded, and the next run tries it again."""
     out = tmp_path / "out"
     bad = tmp_path / "repo2.zip"
     bad.write_bytes(b"noise")
-    with pytest.raises(ValueError) as error:
-        build([*sources[:2], str(bad), f"file://{tmp_path}/repo9", *sources[3:]], out)
-    message = str(error.value)
-    assert message.startswith("2 of the 7 shards of the stage crawl failed: shard 00002: ")
-    assert "repo2.zip: this archive cannot be read" in message
-    assert "shard 00006: file://" in message
-    assert "repo9: git clone failed" in message
-    assert message.endswith("the others are kept: remove the cause and run the same command again")
-    assert "\n" not in message
-    manifest = json.loads((out / "crawl" / "manifest.json").read_text())
-    assert not manifest["finished"]
-    assert "repo2.zip" in manifest["shards"]["00002"]["failed"]
-    assert "Traceback" in manifest["shards"]["00002"]["traceback"]
-    assert len(list((out / "crawl").glob("part-*.parquet"))) == 5
+    mixed = [*sources[:2], str(bad), f"file://{tmp_path}/repo9", *sources[3:]]
+    config = {"crawl": {"shard_bytes": 0, "clone_tries": 1}}
+    unread = corpus.build(mixed, out, config=config, progress=False)["unread"]
+    assert sorted(unread) == ["repo2", "repo9"]
+    assert "repo2.zip: this archive cannot be read" in unread["repo2"]
+    assert "repo9: git clone failed" in unread["repo9"]
+    assert {document.repo for document in corpus.documents(out)} == {"repo0", "repo1", "repo3", "repo4", "repo5"}
+    commands = ("init", "add -A", "-c user.name=t -c user.email=t@example.org commit -m first")
+    (tmp_path / "repo9").mkdir()
+    (tmp_path / "repo9" / "a.py").write_text("nine = 9\n")
+    for command in commands:
+        subprocess.run(["git", "-C", tmp_path / "repo9", *command.split()], check=True, capture_output=True)
+    assert sorted(corpus.build(mixed, out, config=config, progress=False)["unread"]) == ["repo2"]
+    assert "repo9" in {document.repo for document in corpus.documents(out)}
 
 
 def ends(out, shard, settings):
