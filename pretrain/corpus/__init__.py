@@ -1,4 +1,4 @@
-"""From repositories to training documents: crawl -> filter -> dedup -> documents, one file per stage.
+"""From repositories to training documents: crawl -> filter -> dedup -> documents -> near-dedup, a file each.
 
 Every stage reads the shards of the one before and writes its own under a folder of its name (stage.py says how it
 resumes). Exact duplicates go before the files are ordered, so that an ordered document holds each file once.
@@ -8,6 +8,8 @@ resumes). Exact duplicates go before the files are ordered, so that an ordered d
     OUT/digests/part-*.parquet     repo, path, sha256
     OUT/dedup/part-*.parquet       the same columns as crawl, less dropped-*.parquet
     OUT/documents/part-*.parquet   repo, language, paths, texts
+    OUT/signatures, OUT/matches    what near.py compares by
+    OUT/near/part-*.parquet        the same columns as documents, less dropped-*.parquet
     OUT/manifest.json              written last: a corpus without it is unfinished
 """
 
@@ -15,6 +17,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import pyarrow.parquet as pq
 from deepseek_coder import languages, repository
 
 from ..files import write_json
-from . import archives, clones, crawl, dedup, generated, licences, order, rules, sources, vendored
+from . import archives, clones, crawl, dedup, generated, licences, minhash, near, order, rules, sources, vendored
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
@@ -34,7 +37,7 @@ __all__ = ["Document", "build", "documents", "load_config", "summary"]
 
 FORMAT = 1
 
-_SECTIONS = {"crawl": crawl.Limits, "filter": rules.Rules}
+_SECTIONS: dict[str, Any] = {"crawl": crawl.Limits, "filter": rules.Rules, "dedup": dedup.Dedup}
 
 # The modules that decide what a stage writes: when one of them changes, the stage is done again.
 _CODE = {
@@ -42,6 +45,7 @@ _CODE = {
     "filter": (rules,),
     "dedup": (dedup,),
     "documents": (order, repository, languages),
+    "near": (near, minhash),
 }
 
 
@@ -50,15 +54,16 @@ def build(
 ) -> dict[str, Any]:
     """Builds or brings up to date the corpus in `out`, and returns its manifest.
 
-    sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: {"crawl": {...}, "filter": {...}}
-    with fields of crawl.Limits and rules.Rules. An interrupted or changed run redoes only what is missing or changed.
+    sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: sections "crawl",
+    "filter" and "dedup" with fields of crawl.Limits, rules.Rules and dedup.Dedup. An interrupted or changed run redoes
+    only what is missing or changed.
     progress: bars on stderr if that is a terminal.
 
     Raises FileNotFoundError for a source that does not exist; ValueError for any other source that cannot be read, for
     an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.
     """
     out = Path(out).expanduser().resolve()
-    limits, filter_rules = _settings(config or {})
+    settings = _settings(config or {})
     if workers < 1:
         raise ValueError(f"{workers} workers cannot build a corpus; give 1 or more")
     repositories = find(sources, out)
@@ -68,29 +73,31 @@ def build(
     except OSError as error:
         raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
     with process_pool(workers) as pool:
-        stages = _run_stages(repositories, out, limits, filter_rules, {"pool": pool, "progress": progress})
+        stages = _run_stages(repositories, out, settings, {"pool": pool, "progress": progress})
+    last = stages.get("near", stages["documents"])
     manifest = {
         "format": FORMAT,
         "sources": list(sources),
-        "config": {name: stages[name]["config"] for name in _SECTIONS},
+        "config": {name: asdict(section) for name, section in settings.items()},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
         "unread": _unread(stages["crawl"]),
-        "documents": [record["outputs"]["part"] for record in stages["documents"]["shards"].values()],
+        "documents": [record["outputs"]["part"] for record in last["shards"].values()],
     }
     write_json(out / "manifest.json", manifest)
     return manifest
 
 
 def _run_stages(
-    repositories: list[Repository], out: Path, limits: crawl.Limits, filter_rules: rules.Rules, how: dict[str, Any]
+    repositories: list[Repository], out: Path, settings: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Manifest]:
-    shards = crawl.plan(repositories, out, limits)
-    crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **how)
+    shards = crawl.plan(repositories, out, settings["crawl"])
+    crawled = run("crawl", out, crawl.crawl_shard, shards, settings["crawl"], _CODE["crawl"], **how)
     if not _unread(crawled):  # else the next run, which tries again, needs the other clones of the same shards
         shutil.rmtree(out / "cache", ignore_errors=True)
-    kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **how)
+    kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), settings["filter"], _CODE["filter"], **how)
     digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **how)
-    shards = dedup.decide(out, kept, digests)
+    ranking = dedup.Ranking.of(out, crawled)
+    shards = dedup.decide(out, kept, digests, ranking, settings["dedup"])
     unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **how)
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
     if not unique["counts"].get("files"):
@@ -101,7 +108,20 @@ def _run_stages(
         )
     shards = follow((unique, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
     stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **how)
+    if settings["dedup"].near:
+        stages["near"] = _near(out, stages["documents"], ranking, settings["dedup"], how)
     return stages
+
+
+def _near(out: Path, ordered: Manifest, ranking: dedup.Ranking, settings: dedup.Dedup, how: dict[str, Any]) -> Manifest:
+    code = _CODE["near"]
+    signing = near.signing(settings, ordered)
+    signed = run("signatures", out, near.sign_shard, follow((ordered, "part")), signing, code, **how)
+    matched = run("matches", out, near.match_shard, near.partitions(signed, signing), settings, code, **how)
+    shards = near.decide(out, ordered, signed, matched, ranking)
+    manifest = run("near", out, near.keep_shard, shards, None, code, **how)
+    manifest["counts"] |= matched["counts"]
+    return manifest
 
 
 def _unread(crawled: Manifest) -> dict[str, str]:
@@ -127,7 +147,7 @@ def documents(corpus_dir: Path) -> Iterator[Document]:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """A TOML file with the sections [crawl] and [filter], checked. Raises FileNotFoundError or ValueError."""
+    """A TOML file with the sections [crawl], [filter] and [dedup], checked. Raises FileNotFoundError or ValueError."""
     try:
         config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         _settings(config)
@@ -138,14 +158,11 @@ def load_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
     for section in config:
         if section not in _SECTIONS:
             raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {', '.join(_SECTIONS)}")
-    return (
-        settings_of(crawl.Limits, "crawl", config.get("crawl", {})),
-        settings_of(rules.Rules, "filter", config.get("filter", {})),
-    )
+    return {name: settings_of(kind, name, config.get(name, {})) for name, kind in _SECTIONS.items()}
 
 
 def _manifest(corpus: Path) -> dict[str, Any]:

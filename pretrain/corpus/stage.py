@@ -40,7 +40,7 @@ from ..files import replacing, write_json
 FILES = pa.schema([("repo", pa.string()), ("path", pa.string()), ("language", pa.string()), ("text", pa.string())])
 DROPPED = pa.schema([("repo", pa.string()), ("path", pa.string()), ("reason", pa.string())])
 
-_OURS = re.compile(r"[a-z]+-(?P<shard>\d{5,})\.parquet|shard-(?P<record>\d{5,})\.json|.*\.tmp")
+_OURS = re.compile(r"[a-z]+\d*-(?P<shard>\d{5,})\.parquet|shard-(?P<record>\d{5,})\.json|.*\.tmp")
 
 T = TypeVar("T")
 Manifest = dict[str, Any]
@@ -161,6 +161,18 @@ def tally(kept: list[dict[str, Any]], dropped: list[dict[str, Any]]) -> dict[str
     for row in kept:
         size = len(row["text"].encode())
         add(counts, {"files": 1, "bytes": size, "languages": {row["language"]: {"files": 1, "bytes": size}}})
+    for row in dropped:
+        add(counts, {"dropped": {row["reason"]: 1}})
+    return counts
+
+
+def tally_documents(kept: list[dict[str, Any]], dropped: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same of a stage of documents; `dropped` are files."""
+    counts: dict[str, Any] = {"files_in": len(dropped), "documents": 0, "files": 0, "bytes": 0}
+    for row in kept:
+        files = len(row["paths"])
+        size = {"documents": 1, "files": files, "bytes": sum(len(text.encode()) for text in row["texts"])}
+        add(counts, size | {"files_in": files, "languages": {row["language"]: size}})
     for row in dropped:
         add(counts, {"dropped": {row["reason"]: 1}})
     return counts

@@ -93,10 +93,10 @@ def test_the_same_sources_give_the_same_bytes(real, tmp_path):
     corpus.build(list(reversed(sources)), tmp_path / "again", workers=2, config=config, progress=False)
     expected = {name: digest for name, digest in tables(out).items() if name != "manifest.json"}
     assert {name: digest for name, digest in tables(tmp_path / "again").items() if name != "manifest.json"} == expected
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")}
     manifest = (out / "manifest.json").read_bytes()
     corpus.build(sources, out, progress=False)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")} == before
     assert (out / "manifest.json").read_bytes() == manifest
 
 
@@ -219,7 +219,7 @@ def test_configuration(tmp_path):
             "[filter]\nmean_line = 1",
             r"c\.toml: unknown key 'mean_line' in \[filter\].*known: mean_line_length, longest_line",
         ),
-        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter"),
+        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter, dedup"),
         ("filter = 3", r"\[filter\] of the corpus configuration is 3; it must be a table"),
         ("[filter]\nlongest_line = 1.5", r"longest_line in \[filter\].* is 1\.5; it must be a whole number >= 0"),
         ("[filter]\nalphabetic_share = -0.1", r"alphabetic_share .* is -0\.1; it must be a number >= 0"),
@@ -255,7 +255,7 @@ def test_documents_of_what_is_no_corpus(tmp_path):
     write(tmp_path / "r", {"a.py": "one = 1\n"})
     out = tmp_path / "out"
     corpus.build([str(tmp_path / "r")], out, progress=False)
-    part = out / "documents" / "part-00000.parquet"
+    part = out / "near" / "part-00000.parquet"
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"part-00000\.parquet: damaged"):

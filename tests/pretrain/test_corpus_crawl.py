@@ -501,7 +501,7 @@ def test_permissive(licence, expected):
 
 def test_vendored_files():
     theirs = """js/jquery.js js/jquery-3.6.0.min.js css/jquery-ui-1.12.1.css bootstrap.css bootstrap-theme.css d3.js
-    d3.v7.js react-dom.js angular-route.js app.min.js style-min.css sub/configure aclocal.m4 ltmain.m4 docs/_build/a.html
+    d3.v7.js react-dom.js angular-route.js app.min.js style-min.css sub/configure aclocal.m4 docs/_build/a.html
     tests/fixtures/a.py gradlew gradle/wrapper/a.java lib/codemirror/mode/python.js MochiKit.js x-vsdoc.js
     packages/Newtonsoft.Json.6.0.1/lib/a.cs static/modernizr-2.8.3.js tiny_mce/plugins/a.js"""
     ours = """src/app.js reactive.js foundations.py prototyping.js d3scale.js configure.py src/tests/fixtures/a.py
