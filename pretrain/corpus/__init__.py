@@ -1,4 +1,4 @@
-"""From repositories to training documents: crawl -> filter -> dedup -> documents -> near-dedup, a file each.
+"""From repositories to training documents: crawl -> filter -> dedup -> documents -> near -> quality, a file each.
 
 Every stage reads the shards of the one before and writes its own under a folder of its name (stage.py says how it
 resumes). Exact duplicates go before the files are ordered, so that an ordered document holds each file once.
@@ -10,6 +10,7 @@ resumes). Exact duplicates go before the files are ordered, so that an ordered d
     OUT/documents/part-*.parquet   repo, language, paths, texts
     OUT/signatures, OUT/matches    what near.py compares by
     OUT/near/part-*.parquet        the same columns as documents, less dropped-*.parquet
+    OUT/quality/part-*.parquet     the same, less dropped-*.parquet: the corpus
     OUT/manifest.json              written last: a corpus without it is unfinished
 """
 
@@ -27,7 +28,23 @@ import pyarrow.parquet as pq
 from deepseek_coder import languages, repository
 
 from ..files import write_json
-from . import archives, clones, crawl, dedup, generated, licences, minhash, near, order, rules, sources, vendored
+from . import (
+    archives,
+    clones,
+    crawl,
+    decontaminate,
+    dedup,
+    generated,
+    licences,
+    minhash,
+    near,
+    order,
+    quality,
+    rules,
+    sources,
+    syntax,
+    vendored,
+)
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
@@ -37,7 +54,12 @@ __all__ = ["Document", "build", "documents", "load_config", "summary"]
 
 FORMAT = 1
 
-_SECTIONS: dict[str, Any] = {"crawl": crawl.Limits, "filter": rules.Rules, "dedup": dedup.Dedup}
+_SECTIONS: dict[str, Any] = {
+    "crawl": crawl.Limits,
+    "filter": rules.Rules,
+    "dedup": dedup.Dedup,
+    "quality": quality.Quality,
+}
 
 # The modules that decide what a stage writes: when one of them changes, the stage is done again.
 _CODE = {
@@ -46,6 +68,7 @@ _CODE = {
     "dedup": (dedup,),
     "documents": (order, repository, languages),
     "near": (near, minhash),
+    "quality": (quality, syntax, decontaminate, minhash),
 }
 
 
@@ -54,13 +77,13 @@ def build(
 ) -> dict[str, Any]:
     """Builds or brings up to date the corpus in `out`, and returns its manifest.
 
-    sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: sections "crawl",
-    "filter" and "dedup" with fields of crawl.Limits, rules.Rules and dedup.Dedup. An interrupted or changed run redoes
-    only what is missing or changed.
-    progress: bars on stderr if that is a terminal.
+    sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: the sections "crawl", "filter",
+    "dedup" and "quality", with fields of crawl.Limits, rules.Rules, dedup.Dedup and quality.Quality. An interrupted or
+    changed run redoes only what is missing or changed. progress: bars on stderr if that is a terminal.
 
-    Raises FileNotFoundError for a source that does not exist; ValueError for any other source that cannot be read, for
-    an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.
+    Raises FileNotFoundError for a source that does not exist; ValueError for any other source that is of no use, for
+    an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left. A repository that
+    cannot be read is named under "unread", and the next run tries it again.
     """
     out = Path(out).expanduser().resolve()
     settings = _settings(config or {})
@@ -74,14 +97,13 @@ def build(
         raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
     with process_pool(workers) as pool:
         stages = _run_stages(repositories, out, settings, {"pool": pool, "progress": progress})
-    last = stages.get("near", stages["documents"])
     manifest = {
         "format": FORMAT,
         "sources": list(sources),
         "config": {name: asdict(section) for name, section in settings.items()},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
         "unread": _unread(stages["crawl"]),
-        "documents": [record["outputs"]["part"] for record in last["shards"].values()],
+        "documents": [record["outputs"]["part"] for record in stages["quality"]["shards"].values()],
     }
     write_json(out / "manifest.json", manifest)
     return manifest
@@ -110,6 +132,8 @@ def _run_stages(
     stages["documents"] = run("documents", out, order.order_shard, shards, None, _CODE["documents"], **how)
     if settings["dedup"].near:
         stages["near"] = _near(out, stages["documents"], ranking, settings["dedup"], how)
+    shards = quality.shards(stages.get("near", stages["documents"]), settings["quality"])
+    stages["quality"] = run("quality", out, quality.screen_shard, shards, settings["quality"], _CODE["quality"], **how)
     return stages
 
 
@@ -147,7 +171,7 @@ def documents(corpus_dir: Path) -> Iterator[Document]:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """A TOML file with the sections [crawl], [filter] and [dedup], checked. Raises FileNotFoundError or ValueError."""
+    """A TOML file with a section for each stage, checked. Raises FileNotFoundError or ValueError."""
     try:
         config = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         _settings(config)

@@ -115,6 +115,14 @@ def grams(words: U64, offsets: NDArray[np.int64], n: int) -> tuple[U64, NDArray[
     return mixed(hashes[inside]), np.concatenate(([0], ends))
 
 
+def grams_at(words: U64, begins: NDArray[np.int64], n: int) -> U64:
+    """The hashes of the n-grams that begin at these words, equal to those of `grams`."""
+    hashes = np.zeros(len(begins), dtype=np.uint64)
+    for k in range(n):
+        hashes += words[begins + k] * _FACTORS[k]
+    return mixed(hashes)
+
+
 def signatures(texts: Sequence[bytes], n: int = 5, permutations: int = 256) -> NDArray[np.uint32]:
     """(texts, permutations) uint32: the MinHash signature of each text's n-grams.
 

@@ -219,7 +219,7 @@ def test_configuration(tmp_path):
             "[filter]\nmean_line = 1",
             r"c\.toml: unknown key 'mean_line' in \[filter\].*known: mean_line_length, longest_line",
         ),
-        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter, dedup"),
+        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter, dedup, quality"),
         ("filter = 3", r"\[filter\] of the corpus configuration is 3; it must be a table"),
         ("[filter]\nlongest_line = 1.5", r"longest_line in \[filter\].* is 1\.5; it must be a whole number >= 0"),
         ("[filter]\nalphabetic_share = -0.1", r"alphabetic_share .* is -0\.1; it must be a number >= 0"),
@@ -255,7 +255,7 @@ def test_documents_of_what_is_no_corpus(tmp_path):
     write(tmp_path / "r", {"a.py": "one = 1\n"})
     out = tmp_path / "out"
     corpus.build([str(tmp_path / "r")], out, progress=False)
-    part = out / "near" / "part-00000.parquet"
+    part = out / "quality" / "part-00000.parquet"
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"part-00000\.parquet: damaged"):

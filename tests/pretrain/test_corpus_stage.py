@@ -184,7 +184,7 @@ def test_a_changed_rule_redoes_the_filter_and_not_the_crawl(sources, tmp_path):
     config = CONFIG | {"filter": {"alphabetic_share": 0}}
     corpus.build(sources, out, config=config, progress=False)
     changed = {name.split("/")[0] for name, moment in times(out).items() if before[name] != moment}
-    assert changed == {"filter", "digests", "dedup", "documents", "signatures", "matches", "near"}
+    assert changed == {"filter", "digests", "dedup", "documents", "signatures", "matches", "near", "quality"}
     assert any("digits.py" in document.paths for document in corpus.documents(out))
 
 
