@@ -186,7 +186,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     for section in config:
         if section not in _SECTIONS:
             raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {', '.join(_SECTIONS)}")
-    return {name: settings_of(kind, name, config.get(name, {})) for name, kind in _SECTIONS.items()}
+    settings = {name: settings_of(kind, name, config.get(name, {})) for name, kind in _SECTIONS.items()}
+    return settings | {"filter": rules.filter_of(config.get("filter", {}))}
 
 
 def _manifest(corpus: Path) -> dict[str, Any]:

@@ -208,8 +208,8 @@ def test_configuration(tmp_path):
     (tmp_path / "c.toml").write_text("[filter]\nmean_line_length = 101\n[crawl]\nmax_file_bytes = 101\n")
     config = corpus.load_config(tmp_path / "c.toml")
     manifest = corpus.build([str(tmp_path / "r")], tmp_path / "out", config=config, progress=False)
-    assert manifest["config"]["filter"]["mean_line_length"] == 101
-    assert manifest["config"]["filter"]["longest_line"] == 1000
+    assert manifest["config"]["filter"]["rules"]["mean_line_length"] == 101
+    assert manifest["config"]["filter"]["rules"]["longest_line"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,9 @@ def test_configuration(tmp_path):
     [
         (
             "[filter]\nmean_line = 1",
-            r"c\.toml: unknown key 'mean_line' in \[filter\].*known: mean_line_length, longest_line",
+            r"c\.toml: unknown key 'mean_line' in \[filter\].*known: preset, mean_line_length, longest_line",
         ),
+        ("[filter]\npreset = 'other'", r"preset in \[filter\] is 'other'; it must be one of deepseek, starcoder"),
         ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter, dedup, quality"),
         ("filter = 3", r"\[filter\] of the corpus configuration is 3; it must be a table"),
         ("[filter]\nlongest_line = 1.5", r"longest_line in \[filter\].* is 1\.5; it must be a whole number >= 0"),
