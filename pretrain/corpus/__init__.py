@@ -41,6 +41,7 @@ from . import (
     order,
     quality,
     rules,
+    signals,
     sources,
     syntax,
     vendored,
@@ -68,7 +69,7 @@ _CODE = {
     "dedup": (dedup,),
     "documents": (order, repository, languages),
     "near": (near, minhash),
-    "quality": (quality, syntax, decontaminate, minhash),
+    "quality": (quality, syntax, decontaminate, signals, minhash),
 }
 
 

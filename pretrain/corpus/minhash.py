@@ -47,7 +47,7 @@ def _byte_values() -> U64:
 
 
 _BYTES = _byte_values()
-_WORD = _BYTES > 0
+IS_WORD = _BYTES > 0
 
 
 @cache
@@ -79,7 +79,7 @@ def word_hashes(texts: Sequence[bytes]) -> tuple[U64, NDArray[np.int64]]:
     begin = 0
     while begin < len(data):
         chunk = data[begin : begin + _CHUNK]
-        word = _WORD[chunk]
+        word = IS_WORD[chunk]
         if begin + len(chunk) < len(data) and word[-1]:  # leave the word that the end cuts to the next chunk
             gaps = np.flatnonzero(~word[::-1])
             if len(gaps):

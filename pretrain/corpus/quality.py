@@ -4,7 +4,7 @@ A file that is dropped leaves its document, which keeps the order of the others;
 
     quality/part-*.parquet      the documents, as order.py wrote them
     quality/dropped-*.parquet   repo, path, reason
-    quality/scores-*.parquet    repo, path, language, error_share and score, null where there is none
+    quality/scores-*.parquet    repo, path, language, error_share and score, and signals.NAMES
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import decontaminate, syntax
+from . import decontaminate, signals, syntax
 from .near import bare
 from .order import DOCUMENTS
 from .stage import DROPPED, Manifest, Result, Shard, fingerprint, follow, read_rows, tally_documents
@@ -28,6 +28,7 @@ class Quality:
     tests: tuple[str, ...] = ()  # benchmark files (decontaminate.py)
     ngram: int = 10  # paper, section 2.3: words in a row that a file may not share with test data ...
     shortest: int = 3  # ... and of shorter test strings the whole, from this many words on
+    signals: bool = False  # OpenCoder's, into quality/scores (signals.py): tags, at the cost of a syntax check
     scorer: str = ""  # "module:function": called with (path, language, text), returns a number
     min_score: float = 0.0  # a file with a lower one goes
 
@@ -39,6 +40,7 @@ SCORES = pa.schema(
         ("language", pa.string()),
         ("error_share", pa.float64()),
         ("score", pa.float64()),
+        *signals.SCHEMA,
     ]
 )
 
@@ -72,7 +74,14 @@ def screen_shard(out: Path, shard: Shard, settings: Quality) -> Result:
         for path, text, in_tests in zip(row["paths"], texts, tested, strict=True):
             wrong = syntax.error_share(path, row["language"], text) if settings.syntax else None
             score = float(scorer(path, row["language"], text)) if scorer else None
-            scores.append((row["repo"], path, row["language"], wrong, score))
+            about = {
+                "repo": row["repo"],
+                "path": path,
+                "language": row["language"],
+                "error_share": wrong,
+                "score": score,
+            }
+            scores.append(about | (signals.signals(row["language"], text) if settings.signals else {}))
             reason = ""
             if in_tests:
                 reason = "test data"
@@ -90,7 +99,7 @@ def screen_shard(out: Path, shard: Shard, settings: Quality) -> Result:
     tables = {
         "part": pa.Table.from_pylist(kept, DOCUMENTS),
         "dropped": pa.Table.from_pylist(dropped, DROPPED),
-        "scores": pa.Table.from_pylist([dict(zip(SCORES.names, row, strict=True)) for row in scores], SCORES),
+        "scores": pa.Table.from_pylist(scores, SCORES),
     }
     return Result(tables, tally_documents(kept, dropped))
 

@@ -270,3 +270,11 @@ def test_documents_of_what_is_no_corpus(tmp_path):
         (out / "manifest.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json: not a corpus manifest of format 1"):
             corpus.documents(out)
+
+
+def test_the_configuration_of_the_readme(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "c.toml").write_text(readme.split("```toml\n", 1)[1].split("```", 1)[0])
+    config = corpus.load_config(tmp_path / "c.toml")
+    assert sorted(config) == ["crawl", "dedup", "filter", "quality"]
+    assert config["filter"]["preset"] == "starcoder"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import networkx
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import corpus
-from pretrain.corpus import decontaminate, syntax
+from pretrain.corpus import decontaminate, signals, syntax
 
 HEALTHY = {
     "Python": "def double(x):\n    return 2 * x\n",
@@ -141,7 +142,7 @@ def test_the_stage(tmp_path, monkeypatch):
     for path, text in files.items():
         (source / path).write_text(text)
     (tmp_path / "tests.txt").write_text("def one_two(three, four, five): return six + seven * eight\n")
-    config = {"quality": {"tests": [str(tmp_path / "tests.txt")]}}
+    config = {"quality": {"tests": [str(tmp_path / "tests.txt")], "signals": True}}
     out = tmp_path / "out"
     manifest = corpus.build([str(source)], out, config=config, progress=False)
     assert {document.language: document.paths for document in corpus.documents(out)} == {
@@ -157,6 +158,7 @@ def test_the_stage(tmp_path, monkeypatch):
     scores = {row["path"]: row for row in pq.read_table(out / "quality" / "scores-00000.parquet").to_pylist()}
     assert scores["good.py"]["error_share"] == 0
     assert scores["other.md"]["error_share"] is None
+    assert (scores["good.py"]["lines"], scores["other.md"]["words"]) == (3, 3)
     assert manifest["counts"]["quality"]["dropped"] == {"syntax errors": 2, "test data": 1}
     assert manifest["counts"]["quality"]["files_in"] == 5
     (tmp_path / "tests.txt").write_text("nothing of the kind\n")  # the same name, other contents
@@ -181,3 +183,45 @@ def test_places_of_a_set():
     known = decontaminate._Set([members])
     assert known.places(np.array([77, 4, 1 << 63, 3], dtype=np.uint64)).tolist() == [0, 2, 3]
     assert decontaminate._Set([]).places(members).tolist() == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text("aB1 \n_.é漢", max_size=120))
+def test_signals_counted_plainly(text):
+    found = signals.signals("Python", text)
+    lines = text.removesuffix("\n").split("\n")
+    assert found["characters"] == len(text)
+    assert found["lines"] == len(lines)
+    assert found["longest_line"] == max(map(len, lines))
+    visible = [character for character in text if not character.isspace()]
+    assert found["letters"] == pytest.approx(sum(map(str.isalpha, visible)) / max(len(visible), 1))
+    assert found["digits"] == pytest.approx(text.count("1") / max(len(text), 1))
+    filled = [line.strip() for line in lines if line.strip()]
+    assert found["repeated_lines"] == pytest.approx(1 - len(set(filled)) / max(len(filled), 1))
+    assert found["words"] == len(sequences(text, 1))
+    pairs = Counter(sequences(text, 2)).most_common(1)
+    top = 2 * pairs[0][1] / found["words"] if pairs and pairs[0][1] > 1 else 0
+    assert found["top_2grams"] == pytest.approx(top)
+    grams = sequences(text, 5)
+    assert found["repeated_5grams"] == pytest.approx(1 - len(set(grams)) / max(len(grams), 1))
+
+
+def test_signals_of_statements():
+    lines = ["import a", "from b import c", "important = 1", "async def f():", "    pass", "    assert c  # TODO"]
+    python = "\n".join([*lines, "password = 2", "print(1)", ""])
+    found = signals.signals("Python", python)
+    counts = {
+        "import_lines": 2,
+        "pass_lines": 1,
+        "print_lines": 1,
+        "function_lines": 1,
+        "assert_lines": 1,
+        "todos": 1,
+    }
+    assert {name: round(found[name] * 8) for name in counts} == counts
+    assert found["preprocessor_lines"] is None
+    c = "#include <a.h>\nint main(void) { return 0; }\nint x = 0xdeadbeef12;\nint abcdefghijklmnopqrstuvwxyz;\n"
+    found = signals.signals("C", c)
+    assert (found["main_functions"], found["preprocessor_lines"], found["import_lines"]) == (1, 0.25, None)
+    assert found["hex_words"] == pytest.approx(len("0xdeadbeef12") / len(c))
+    assert found["long_words"] == pytest.approx(26 / len(c))

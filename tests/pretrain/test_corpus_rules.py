@@ -200,8 +200,8 @@ def test_an_override_counts_for_every_extension():
 
 
 def test_the_size_of_the_table():
-    """267 rows are included and JSON's three. Nine name no extension of their own: two have none (Dockerfile, Makefile),
-    `stan` and `cmake` come twice, and five are single files (`.1`, `.3`, `.mustache`, `.txt`, `._coffee`)."""
+    """267 rows are included, and JSON and YAML. Nine name no extension of their own: two have none (Dockerfile,
+    Makefile), `stan` and `cmake` come twice, and five are single files (.1, .3, .mustache, .txt, ._coffee)."""
     rules = STARCODER.rules
     assert not set(rules.included) & set(rules.excluded)
     assert set(STARCODER.exceptions) <= set(rules.included)
