@@ -22,6 +22,8 @@ from .dataset import Windows, load_windows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pre-train DeepSeek-Coder from raw repositories.")
 
+Workers = Annotated[int | None, typer.Option(help="Shards at a time; default 1.")]
+Engine = Annotated[str | None, typer.Option("--executor", help="Where: local, datatrove, ray or slurm.")]
 Force = Annotated[bool, typer.Option(help="Replace what is there.")]
 
 
@@ -29,11 +31,12 @@ Force = Annotated[bool, typer.Option(help="Replace what is there.")]
 def corpus(
     sources: Annotated[list[str], typer.Argument(help="Folders, git URLs, archives, or a manifest (.jsonl, .csv).")],
     out: Annotated[Path, typer.Option(help="Folder for the corpus.")],
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    workers: Workers = None,
+    executor: Engine = None,
     config: Annotated[Path | None, typer.Option(help="TOML with other thresholds than DeepSeek's.")] = None,
 ) -> None:
     """Crawl, filter, deduplicate and order repositories into documents. Run again to continue."""
-    corpora.build(sources, out, workers, corpora.load_config(config) if config else None)
+    corpora.build(sources, out, workers, corpora.load_config(config) if config else None, executor=executor)
     print(corpora.summary(out))
 
 

@@ -25,12 +25,13 @@ from deepseek_coder import languages, repository
 
 from ..files import write_json
 from . import crawl, dedup, order, rules, sources
+from .executors import run_settings, running
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
-from .stage import Manifest, follow, process_pool, run, settings_of
+from .stage import Manifest, failures, follow, run, settings_of
 
-__all__ = ["Document", "build", "documents", "load_config", "summary"]
+__all__ = ["Document", "build", "documents", "load_config", "parts", "read", "summary"]
 
 FORMAT = 1
 
@@ -46,37 +47,50 @@ _CODE = {
 
 
 def build(
-    sources: list[str], out: Path, workers: int = 1, config: dict[str, Any] | None = None, progress: bool = True
+    sources: list[str],
+    out: Path,
+    workers: int | None = None,
+    config: dict[str, Any] | None = None,
+    progress: bool = True,
+    executor: str | None = None,
 ) -> dict[str, Any]:
     """Builds or brings up to date the corpus in `out`, and returns its manifest.
 
     sources: folders, git URLs, archives, or .jsonl and .csv lists of them. config: {"crawl": {...}, "filter": {...}}
-    with fields of crawl.Limits and rules.Rules. An interrupted or changed run redoes only what is missing or changed.
+    with fields of crawl.Limits and rules.Rules, and {"run": {...}} with those of executors.Run. workers, executor:
+    instead of those in [run]. An interrupted or changed run redoes only what is missing or changed.
     progress: bars on stderr if that is a terminal.
 
     Raises FileNotFoundError for a source that does not exist; ValueError for any other source that cannot be read, for
-    an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left.
+    an unknown key of the configuration, a disk that refuses, and a corpus of which nothing is left; and at the end for
+    shards that failed, while the corpus of all others is there.
     """
     out = Path(out).expanduser().resolve()
-    limits, filter_rules = _settings(config or {})
-    if workers < 1:
-        raise ValueError(f"{workers} workers cannot build a corpus; give 1 or more")
+    config = config or {}
+    limits, filter_rules = _settings(config)
+    how = run_settings(config.get("run", {}), executor, workers)
     repositories = find(sources, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "manifest.json").unlink(missing_ok=True)  # unfinished from here on
     except OSError as error:
         raise ValueError(f"{out}: no corpus can be written there ({error.strerror}); choose another --out") from error
-    with process_pool(workers) as pool:
-        stages = _run_stages(repositories, out, limits, filter_rules, {"pool": pool, "progress": progress})
+    with running(how) as works:
+        stages = _run_stages(repositories, out, limits, filter_rules, {"executor": works, "progress": progress})
     manifest = {
         "format": FORMAT,
         "sources": list(sources),
         "config": {name: stages[name]["config"] for name in _SECTIONS},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
-        "documents": [record["outputs"]["part"] for record in stages["documents"]["shards"].values()],
+        "documents": [r["outputs"]["part"] for r in stages["documents"]["shards"].values() if "outputs" in r],
+        "failed": failures(out),
     }
     write_json(out / "manifest.json", manifest)
+    if manifest["failed"]:
+        raise ValueError(
+            f"{manifest['failed']}; {out} holds the others: remove the cause and run the same command again, or go on "
+            "without"
+        )
     return manifest
 
 
@@ -92,7 +106,7 @@ def _run_stages(
     unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **how)
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
     if not unique["counts"].get("files"):
-        why = dropped_for({name: stage["counts"] for name, stage in stages.items()})
+        why = failures(out) or dropped_for({name: stage["counts"] for name, stage in stages.items()})
         raise ValueError(
             f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
         )
@@ -102,19 +116,32 @@ def _run_stages(
 
 
 def documents(corpus_dir: Path) -> Iterator[Document]:
-    """The documents of a corpus in their order, read a few at a time.
+    """The documents of a corpus in their order, read a few at a time. Raises as `parts` does."""
+    return (document for path, _ in parts(corpus_dir) for document in read(path))
+
+
+def parts(corpus_dir: Path) -> list[tuple[Path, str]]:
+    """(file, SHA-256) of the parquet files with the documents of a corpus, in their order.
 
     Raises FileNotFoundError when the folder is not a corpus, or one that is not finished.
     """
-    corpus_dir = Path(corpus_dir)
-    manifest = _manifest(corpus_dir)
-    for output in manifest["documents"]:
-        path = corpus_dir / output["file"]
+    found = [(Path(corpus_dir) / output["file"], output["sha256"]) for output in _manifest(corpus_dir)["documents"]]
+    for path, _ in found:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing; run python -m pretrain corpus again, which redoes what is missing"
             )
-    return _read(corpus_dir, manifest)
+    return found
+
+
+def read(part: Path) -> Iterator[Document]:
+    """The documents of one part. Raises ValueError for a damaged file."""
+    try:
+        for batch in pq.ParquetFile(part).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield Document(**row)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{part}: damaged ({error}); remove it and build the corpus again") from error
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -131,8 +158,10 @@ def load_config(path: Path) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
     for section in config:
-        if section not in _SECTIONS:
-            raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {', '.join(_SECTIONS)}")
+        if section not in (*_SECTIONS, "run"):
+            known = ", ".join((*_SECTIONS, "run"))
+            raise ValueError(f"unknown section {section!r} in the corpus configuration; known: {known}")
+    run_settings(config.get("run", {}))
     return (
         settings_of(crawl.Limits, "crawl", config.get("crawl", {})),
         settings_of(rules.Rules, "filter", config.get("filter", {})),
@@ -140,9 +169,9 @@ def _settings(config: dict[str, Any]) -> tuple[crawl.Limits, rules.Rules]:
 
 
 def _manifest(corpus: Path) -> dict[str, Any]:
-    path = corpus / "manifest.json"
+    path = Path(corpus) / "manifest.json"
     if not path.is_file():
-        what = "an unfinished corpus" if (corpus / "crawl").is_dir() else "not a corpus"
+        what = "an unfinished corpus" if path.with_name("crawl").is_dir() else "not a corpus"
         raise FileNotFoundError(f"{corpus}: {what}; finish it with python -m pretrain corpus SOURCE... --out {corpus}")
     try:
         manifest = json.loads(path.read_text())
@@ -152,15 +181,3 @@ def _manifest(corpus: Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus anew")
     return manifest
-
-
-def _read(corpus: Path, manifest: dict[str, Any]) -> Iterator[Document]:
-    for output in manifest["documents"]:
-        try:
-            for batch in pq.ParquetFile(corpus / output["file"]).iter_batches(batch_size=64):
-                for row in batch.to_pylist():
-                    yield Document(**row)
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{corpus / output['file']}: damaged ({error}); remove it and build the corpus again"
-            ) from error
