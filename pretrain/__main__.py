@@ -18,10 +18,12 @@ except ModuleNotFoundError as missing:
 from . import metrics, recipe, tokens
 from . import tokenizer as vocabulary
 from . import train as training
+from .corpus.executors import run_settings
 from .dataset import Windows, load_windows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pre-train DeepSeek-Coder from raw repositories.")
 
+_SOURCE = "Folder made by `corpus`; or prose: .parquet or .jsonl with `text`, or a folder of these."
 Workers = Annotated[int | None, typer.Option(help="Shards at a time; default 1.")]
 Engine = Annotated[str | None, typer.Option("--executor", help="Where: local, datatrove, ray or slurm.")]
 Force = Annotated[bool, typer.Option(help="Replace what is there.")]
@@ -42,14 +44,15 @@ def corpus(
 
 @app.command()
 def tokenizer(
-    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="CORPUS...", help=_SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="BPE tokens; the control tokens come on top.")] = 32000,
+    sample_bytes: Annotated[int, typer.Option(help="Train on about so much text of each source.")] = 1_000_000_000,
     force: Force = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer on a corpus."""
+    """Train a byte-level BPE tokenizer on a sample of corpora."""
     vocabulary.refuse_existing(out, force)
-    texts = (text for document in corpora.documents(corpus) for text in document.texts)
+    texts = (text for source in sources for text in vocabulary.sample(source, sample_bytes))
     made = vocabulary.train(texts, vocab_size, progress=sys.stderr.isatty())
     vocabulary.save(made, out)
     print(f"{out}: {made.vocab_size:,} tokens")
@@ -57,13 +60,17 @@ def tokenizer(
 
 @app.command(name="tokens")
 def tokens_command(
-    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    source: Annotated[Path, typer.Argument(metavar="CORPUS", help=_SOURCE)],
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files.")],
     valid: Annotated[float, typer.Option(help="Share of documents held out for validation.")] = 0.01,
+    workers: Workers = None,
+    executor: Engine = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with the section [run].")] = None,
 ) -> None:
     """Encode a corpus as plain ids (infilling happens while training). Run again to continue."""
-    manifest = tokens.build(corpus, Tokenizer.load(tokenizer), out, valid)
+    run = run_settings(corpora.load_config(config).get("run", {}) if config else {}, executor, workers)
+    manifest = tokens.build(source, Tokenizer.load(tokenizer), out, valid, run)
     for split, totals in manifest["splits"].items():
         print(f"{split}: {totals['tokens']:,} tokens in {totals['documents']:,} documents, {totals['bytes']:,} bytes")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from deepseek_coder.tokenizer import Tokenizer
 
 from . import fim
+from .mixture import Mix, Mixture
 from .packing import pack
 from .tokens import TokenFiles
 
@@ -96,7 +97,7 @@ class Windows:
 
     def __init__(
         self,
-        tokens: TokenFiles,
+        tokens: TokenFiles | Mixture,
         tokenizer: Tokenizer,
         window: int,
         seed: int = 0,
@@ -151,6 +152,7 @@ class Windows:
         infill = self.drawn(epoch)
         lengths = self.samples.lengths + self.overhead + (fim.SENTINELS + fim.SLACK) * infill
         order = np.argsort(fim.uniform(self.seed, epoch, np.arange(count), fim.DOCUMENT_ORDER), kind="stable")
+        order = order[self.tokens.in_epoch(self.samples.start, self.seed, epoch)[order]]
         items, ends = pack(lengths, order, self.window, self.max_documents)
         bins = np.split(items, ends[:-1])
         shuffled = np.argsort(fim.uniform(self.seed, epoch, np.arange(len(bins)), fim.BIN_ORDER), kind="stable")
@@ -195,7 +197,9 @@ def join_windows(windows: list[Window]) -> Window:
     )
 
 
-def load_windows(path: str | Path, split: str, window: int, seed: int, fim_rate: float, fim_loss: str) -> Windows:
-    """The windows of one split ("train" or "valid") of a folder made by `python -m pretrain tokens`."""
-    files = TokenFiles(Path(path), split)
-    return Windows(files, Tokenizer.load(Path(path) / "tokenizer"), window, seed, fim_rate, fim_loss)
+def load_windows(
+    source: str | Path | Mix, split: str, window: int, seed: int, fim_rate: float, fim_loss: str
+) -> Windows:
+    """The windows of one split ("train" or "valid") of a folder made by `python -m pretrain tokens`, or of several."""
+    files = Mixture(source, split) if isinstance(source, Mix) else TokenFiles(Path(source), split)
+    return Windows(files, Tokenizer.load(files.path / "tokenizer"), window, seed, fim_rate, fim_loss)

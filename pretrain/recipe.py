@@ -11,6 +11,9 @@ from typing import Any
 
 from deepseek_coder.config import ModelConfig
 
+from .mixture import Mix
+
+_EPOCHS = "a table of folders and numbers above 0, and not given beside data.weights"
 # What the blocks may compute in; weights and optimizer state stay in float32.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,14 +44,22 @@ class Model:
 class Data:
     """tokens: folder made by `python -m pretrain tokens`. window: tokens in a training window.
 
+    Instead of `tokens` several folders, in a table [data.weights] of folder = share of the tokens, or [data.epochs] of
+    folder = how often it is read (`mixture.py`); only ratios count.
     fim_loss: "all" tokens of FIM samples are trained on, or only the "middle". workers: loader processes (0: none).
     """
 
     tokens: str = "tokens"
+    weights: dict[str, float] = field(default_factory=dict)
+    epochs: dict[str, float] = field(default_factory=dict)
     window: int = 4096
     fim_rate: float = 0.5
     fim_loss: str = "all"
     workers: int = 0
+
+    @property
+    def source(self) -> str | Mix:
+        return Mix(self.weights, self.epochs) if self.weights or self.epochs else self.tokens
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,10 @@ def _check(recipe: Recipe, source: str) -> None:
     data, optimizer, train = recipe.data, recipe.optimizer, recipe.train
     ends, betas = optimizer.stage_ends, optimizer.betas
     numbers = all(isinstance(value, int | float) for value in (*ends, *betas))
+
+    def positive(table: dict[str, float]) -> bool:
+        return all(type(value) in (int, float) and 0 < value < math.inf for value in table.values())
+
     counts = [
         (f"{section}.{name}", value >= 0, "0 or more")
         for section in ("data", "optimizer", "train")
@@ -180,6 +195,8 @@ def _check(recipe: Recipe, source: str) -> None:
         ("model.vocab_multiple", recipe.model.vocab_multiple >= 1, "1 or more"),
         ("data.fim_rate", 0 <= data.fim_rate <= 1, "between 0 and 1"),
         ("data.fim_loss", data.fim_loss in ("all", "middle"), '"all" or "middle"'),
+        ("data.weights", positive(data.weights), "a table of folders and numbers above 0"),
+        ("data.epochs", positive(data.epochs) and not (data.epochs and data.weights), _EPOCHS),
         ("optimizer.learning_rate", 0 < optimizer.learning_rate < math.inf, "above 0"),
         (
             "optimizer.stage_ends",
@@ -214,7 +231,7 @@ def _section(kind: type, raw: Any, where: str) -> Any:
     for key, value in raw.items():
         if key not in fields:
             raise ValueError(f"{where}.{key} is not a known key; known are {', '.join(fields)}")
-        default = fields[key].default
+        default = {} if fields[key].default is dataclasses.MISSING else fields[key].default  # the tables of data
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(default, tuple) and isinstance(value, list):

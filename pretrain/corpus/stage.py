@@ -202,15 +202,22 @@ def settings_of(kind: type[T], section: str, values: Any) -> T:
             raise ValueError(
                 f"unknown key {key!r} in [{section}] of the corpus configuration; known: {', '.join(fields)}"
             )
-        if isinstance(fields[key], str):
-            right, what = isinstance(value, str), "text"
-        else:
-            allowed = (int,) if isinstance(fields[key], int) else (int, float)
-            right = isinstance(value, allowed) and not isinstance(value, bool) and value >= 0
-            what = "a whole number >= 0" if allowed == (int,) else "a number >= 0"
-        if not right:
-            raise ValueError(f"{key} in [{section}] of the corpus configuration is {value!r}; it must be {what}")
-    return kind(**values)
+        expected = _expected(value, fields[key])
+        if expected:
+            raise ValueError(f"{key} in [{section}] of the corpus configuration is {value!r}; it must be {expected}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _expected(value: Any, default: Any) -> str:
+    """What a setting must be, by the type of its default, if `value` is not that; "" if it is."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        return "" if fits else "a list of texts"
+    if isinstance(default, str | bool):
+        return "" if type(value) is type(default) else "a text" if isinstance(default, str) else "true or false"
+    allowed = (int,) if isinstance(default, int) else (int, float)
+    fits = not isinstance(value, bool) and isinstance(value, allowed) and value >= 0
+    return "" if fits else f"{'a whole number' if isinstance(default, int) else 'a number'} >= 0"
 
 
 # ---- one shard -------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_slurm(slurm, function, tmp_path, monkeypatch):
 def test_what_cannot_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown executor 'cluster'; known: local, datatrove, ray, slurm"):
         corpus.build(SOURCES, tmp_path / "out", config={"run": {"executor": "cluster"}}, progress=False)
-    with pytest.raises(ValueError, match=r"time in \[run\] .* is 3; it must be text"):
+    with pytest.raises(ValueError, match=r"time in \[run\] .* is 3; it must be a text"):
         corpus.build(SOURCES, tmp_path / "out", config={"run": {"time": 3}}, progress=False)
     with pytest.raises(ValueError, match=r"\[run\] of the corpus configuration is 3; it must be a table"):
         corpus.build(SOURCES, tmp_path / "out", config={"run": 3}, progress=False)

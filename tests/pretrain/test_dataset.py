@@ -6,10 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_coder.tokenizer import Tokenizer
-from pretrain import tokens
 from pretrain.dataset import join_windows, load_windows, split_documents
-from pretrain.tokens import TokenFiles
 
 
 def windows(prepared, window=512, seed=0, fim_rate=0.5, fim_loss="all", split="train"):
@@ -101,58 +98,6 @@ def test_joined_windows(prepared):
     assert (joined.cu_seqlens.diff() >= 0).all()
 
 
-def test_token_files_are_the_corpus(prepared):
-    from pretrain import corpus
-
-    tokenizer = Tokenizer.load(prepared / "tokens" / "tokenizer")
-    texts = []
-    for split in ("train", "valid"):
-        files = TokenFiles(prepared / "tokens", split)
-        starts = [0, *files.file_ends[:-1]]
-        texts += [tokenizer.decode(files.ids[a:b].tolist()) for a, b in zip(starts, files.file_ends, strict=True)]
-    wanted = [text for document in corpus.documents(prepared / "corpus") for text in document.texts]
-    assert sorted(texts) == sorted(wanted)
-    totals = json.loads((prepared / "tokens" / "manifest.json").read_text())["splits"].values()
-    assert sum(t["bytes"] for t in totals) == sum(len(text.encode()) for text in wanted)
-
-
-def test_an_interrupted_run_continues(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_BYTES", 100_000)
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
-    real, calls = tokens.write_json, []
-
-    def killed(path, value):
-        real(path, value)
-        calls.append(path.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokens, "write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tokens.build(prepared / "corpus", tokenizer, tmp_path / "t", 0.1, progress=False)
-    with (tmp_path / "t" / "train.ids").open("ab") as file:
-        file.write(b"half a chunk that was never recorded")
-    with pytest.raises(FileNotFoundError, match="no finished token folder"):
-        TokenFiles(tmp_path / "t", "train")
-    monkeypatch.setattr(tokens, "write_json", real)
-    tokens.build(prepared / "corpus", tokenizer, tmp_path / "t", 0.1, progress=False)
-    for name in ("train.ids", "train.files", "train.documents", "valid.ids", "manifest.json"):
-        assert (tmp_path / "t" / name).read_bytes() == (prepared / "tokens" / name).read_bytes()
-    with pytest.raises(ValueError, match="choose another --out"):
-        tokens.build(prepared / "corpus", tokenizer, tmp_path / "t", 0.2, progress=False)
-
-
-def test_another_folder_and_a_damaged_record(prepared, tmp_path):
-    with pytest.raises(ValueError, match=r"corpus/manifest\.json: not the record of a token folder"):
-        TokenFiles(prepared / "corpus", "train")
-    tokenizer = Tokenizer.load(prepared / "tokenizer")
-    for name in ("manifest.json", "progress.json"):
-        (tmp_path / name).write_text((prepared / "tokens" / "manifest.json").read_text()[:100])
-        with pytest.raises(ValueError, match=rf"{name}: not the record of a token folder, or damaged; name another"):
-            tokens.build(prepared / "corpus", tokenizer, tmp_path, progress=False)
-        (tmp_path / name).unlink()
-
-
 @pytest.mark.parametrize("window", [-1, 0, 2])
 def test_a_window_needs_room_for_text(prepared, window):
     with pytest.raises(ValueError, match=f"data.window is {window}, and a document needs 2 control tokens"):
@@ -161,7 +106,6 @@ def test_a_window_needs_room_for_text(prepared, window):
 
 
 def test_fim_needs_its_tokens(prepared, tmp_path):
-    import json
     import shutil
 
     shutil.copytree(prepared / "tokens", tmp_path / "t")
