@@ -18,6 +18,7 @@ except ModuleNotFoundError as missing:
 from . import metrics, recipe, tokens
 from . import tokenizer as vocabulary
 from . import train as training
+from .corpus import report
 from .corpus.executors import run_settings
 from .dataset import Windows, load_windows
 
@@ -38,8 +39,13 @@ def corpus(
     config: Annotated[Path | None, typer.Option(help="TOML with other thresholds than DeepSeek's.")] = None,
 ) -> None:
     """Crawl, filter, deduplicate and order repositories into documents. Run again to continue."""
-    corpora.build(sources, out, workers, corpora.load_config(config) if config else None, executor=executor)
+    settings = corpora.load_config(config) if config else None
+    manifest = corpora.build(sources, out, workers, settings, executor=executor)
+    report.write(out, out)
     print(corpora.summary(out))
+    print(f"{out / 'report.html'}: the report")
+    if manifest["failed"]:
+        raise ValueError(f"{manifest['failed']}; the corpus holds the others, and the same command tries these again")
 
 
 @app.command()
@@ -71,6 +77,8 @@ def tokens_command(
     """Encode a corpus as plain ids (infilling happens while training). Run again to continue."""
     run = run_settings(corpora.load_config(config).get("run", {}) if config else {}, executor, workers)
     manifest = tokens.build(source, Tokenizer.load(tokenizer), out, valid, run)
+    if (source / "manifest.json").is_file():
+        report.write(source, out, _of_tokens(out))
     for split, totals in manifest["splits"].items():
         print(f"{split}: {totals['tokens']:,} tokens in {totals['documents']:,} documents, {totals['bytes']:,} bytes")
 
@@ -120,6 +128,26 @@ def plot(
     target = out or run / "loss.png"
     metrics.plot(run, target)
     print(target)
+
+
+def _of_tokens(folder: Path) -> list[report.Section]:
+    """What the report says of a token folder, samples as the loader will make them included."""
+    sections = tokens.sections(folder)
+    try:
+        files = tokens.TokenFiles(folder, "train")
+        files.document_ends = files.document_ends[:256]  # the plan for all would take its time
+        files.file_ends = files.file_ends[: files.document_ends[-1]]
+        windows = Windows(files, Tokenizer.load(folder / "tokenizer"), 4096)
+    except ValueError:  # no FIM tokens in this vocabulary, or nothing to train on
+        return sections
+    infilled = (
+        part[:3000]
+        for window in range(windows.windows_in(0))
+        for part in described(windows, window).split("\n--- ")
+        if part.startswith("infilling")
+    )
+    how = "FIM rate 0.5, seed 0, windows of 4,096 tokens; python -m pretrain show draws others."
+    return [*sections, report.Section("Samples for infilling", text=how, code=list(itertools.islice(infilled, 4)))]
 
 
 def described(windows: Windows, index: int) -> str:

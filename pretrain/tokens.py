@@ -14,6 +14,7 @@ the same file, nine times that; so kitoken is used where it is installed and giv
 source and on texts that are known to trip encoders.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -33,7 +34,7 @@ from deepseek_coder import tokenizer as vocabulary
 from deepseek_coder.tokenizer import Tokenizer
 
 from . import documents
-from .corpus import stage
+from .corpus import report, stage
 from .corpus.executors import Run, running
 from .corpus.stage import Result, Shard
 from .files import replacing, write_json, writing
@@ -127,6 +128,23 @@ def build(
     return manifest
 
 
+def sections(out: Path) -> list[report.Section]:
+    """What a report says of a finished token folder: tokens by split and language, lengths, time."""
+    manifest, encoded = (json.loads((out / name).read_text()) for name in ("manifest.json", "parts/manifest.json"))
+    counts = encoded["counts"]
+    lines = [*manifest["splits"].items(), *sorted(counts["languages"].items(), key=lambda i: (-i[1]["tokens"], i[0]))]
+    rows = [
+        (name, f"{t['documents']:,}", f"{t['files']:,}", f"{t['tokens']:,}", f"{t['bytes'] / max(1, t['tokens']):.2f}")
+        for name, t in lines
+    ]
+    lengths = {int(power): number for power, number in counts["lengths"].items()}
+    return [
+        report.Section("Tokens", ("split or language", "documents", "files", "tokens", "bytes a token"), rows),
+        report.histogram("Document lengths in tokens", "tokens", lengths),
+        dataclasses.replace(report.seconds(out, counts["bytes"]), title="Time of encoding"),
+    ]
+
+
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 Encoder = Callable[[list[str]], list[list[int]]]
@@ -154,7 +172,8 @@ def encode_shard(out: Path, shard: Shard, settings: Encoding) -> Result:
         rows["files"].append([len(ids) for ids in files])
         rows["bytes"].append(size)
         made = {"documents": 1, "files": len(files), "bytes": size, "tokens": len(ids)}
-        stage.add(counts, made | {"languages": {document.language: made}})
+        length = str(max(1, len(ids)).bit_length() - 1)
+        stage.add(counts, made | {"languages": {document.language: made}, "lengths": {length: 1}})
     return Result({"part": pa.table(rows, PARTS)}, counts)
 
 
