@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ SPLITS = ("train", "valid")
 PARTS = pa.schema([("ids", pa.large_binary()), ("files", pa.list_(pa.uint32())), ("bytes", pa.uint64())])
 
 # Text on which kitoken is compared with tokenizers before it is trusted with the rest.
-_SAMPLE_BYTES = 1_000_000
+_SAMPLE_BYTES = 300_000
 _TRAPS = (
     "<|EOT|><｜fim▁begin｜><｜end▁of▁sentence｜><pad><|User|>",
     "\r\n\t\t  \n\n\n   x  =  1\n" * 3,
@@ -218,9 +217,9 @@ def _sample(pieces: list[documents.Piece]) -> list[str]:
     chosen = pieces[:: max(1, len(pieces) // 8)]
     for piece in chosen:
         size = 0
-        for document in islice(documents.read(piece), 64):
-            sample += document.texts
-            size += sum(map(len, document.texts))
+        for text in (text for document in documents.read(piece) for text in document.texts):
+            sample.append(text)
+            size += len(text)
             if size > _SAMPLE_BYTES // len(chosen):
                 break
     return sample
@@ -240,24 +239,29 @@ def _join(parts: list[Path], out: Path, valid: float, dtype: np.dtype) -> dict[s
                 files[split, suffix] = stack.enter_context(temporary.open("wb"))
         number = 0
         for part in parts:
-            for batch in pq.ParquetFile(part).iter_batches(batch_size=256):
-                for ids, lengths, size in zip(*(batch.column(name) for name in PARTS.names), strict=True):
-                    split = _split_of(number, valid)
-                    ends = totals[split]["tokens"] + np.cumsum(np.array(lengths.values, np.uint64), dtype=np.uint64)
-                    totals[split]["documents"] += 1
-                    totals[split]["files"] += len(ends)
-                    totals[split]["tokens"] = int(ends[-1])
-                    totals[split]["bytes"] += size.as_py()
-                    files[split, ".ids"].write(ids.as_buffer())
+            for batch in pq.ParquetFile(part).iter_batches(batch_size=1024):
+                ids, lengths, sizes = (batch.column(name) for name in PARTS.names)
+                tokens, counts = lengths.flatten().to_numpy(), lengths.value_lengths().to_numpy()
+                held_out = _held_out(np.arange(number, number + len(batch)), valid)
+                for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+                    total = totals[split]
+                    for text in ids.filter(pa.array(chosen)):
+                        files[split, ".ids"].write(text.as_buffer())
+                    ends = total["tokens"] + np.cumsum(tokens[np.repeat(chosen, counts)], dtype=np.uint64)
                     files[split, ".files"].write(ends.astype("<u8").tobytes())
-                    files[split, ".documents"].write(np.array(totals[split]["files"], "<u8").tobytes())
-                    number += 1
+                    documents_end = total["files"] + np.cumsum(counts[chosen], dtype=np.uint64)
+                    files[split, ".documents"].write(documents_end.astype("<u8").tobytes())
+                    total["documents"] += int(chosen.sum())
+                    total["files"] += len(ends)
+                    total["tokens"] = int(ends[-1]) if len(ends) else total["tokens"]
+                    total["bytes"] += int(sizes.to_numpy()[chosen].sum())
+                number += len(batch)
     return totals
 
 
-def _split_of(number: int, valid: float) -> str:
-    """Every (1 / valid)-th document of the corpus is held out."""
-    return "valid" if int((number + 1) * valid) > int(number * valid) else "train"
+def _held_out(numbers: np.ndarray, valid: float) -> np.ndarray:
+    """Every (1 / valid)-th document of the source."""
+    return np.floor((numbers + 1) * valid) > np.floor(numbers * valid)
 
 
 def _record(file: Path) -> dict[str, Any] | None:

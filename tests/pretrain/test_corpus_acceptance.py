@@ -149,8 +149,13 @@ middle = time.process_time()
 made = tokens.build(Path(out) / "corpus", Tokenizer.load(tokenizer), Path(out) / "tokens", progress=False)
 ended = time.process_time()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+texts = [text for document in corpus.documents(Path(out) / "corpus") for text in document.texts][:100]
+peer = time.process_time()
+Tokenizer.load(tokenizer).encode_batch(texts)
+peer = sum(len(text.encode()) for text in texts) / (time.process_time() - peer)
 print(json.dumps({"bytes": counts["crawl"]["bytes"], "corpus": middle - started, "tokens": ended - middle,
-                  "idle": idle, "peak": peak, "encoded": sum(s["bytes"] for s in made["splits"].values())}))
+                  "idle": idle, "peak": peak, "peer": peer,
+                  "encoded": sum(split["bytes"] for split in made["splits"].values())}))
 """
 
 
@@ -174,9 +179,9 @@ def test_at_scale(tmp_path, capsys):
     """Folders -> tokens, one process: rates, and tenfold input in less than 1.3 times the memory."""
     texts = (path.read_text() for folder in packages(3_000_000) for path in sorted(folder.rglob("*.py")))
     tokenizer.save(tokenizer.train(texts, 32000), tmp_path / "tokenizer")
-    config = json.dumps({"crawl": {"shard_bytes": 8 << 20}})
+    config = json.dumps({"crawl": {"shard_bytes": 4 << 20}})
     runs = {}
-    for total in (10_000_000, 100_000_000):
+    for total in (8_000_000, 120_000_000):
         (tmp_path / str(total)).mkdir()
         sources = tmp_path / f"{total}.jsonl"
         sources.write_text("".join(json.dumps({"path": str(folder)}) + "\n" for folder in packages(total)))
@@ -186,10 +191,12 @@ def test_at_scale(tmp_path, capsys):
     with capsys.disabled():
         for run in runs.values():
             seconds = run["corpus"] + run["tokens"]
+            rates = (run["bytes"] / seconds, run["bytes"] / run["corpus"], run["encoded"] / run["tokens"], run["peer"])
+            whole, corpus_rate, tokens_rate, peer = (f"{rate / 1e6:.2f}" for rate in rates)
             print(
-                f"\n{run['bytes'] / 1e6:.0f} MB: {run['bytes'] / seconds / 1e6:.1f} MB/s of source per core, corpus "
-                f"{run['bytes'] / run['corpus'] / 1e6:.1f}, tokens {run['encoded'] / run['tokens'] / 1e6:.1f}; "
-                f"peak {run['peak'] / 1e6:.0f} MB, {run['idle'] / 1e6:.0f} of them before the work"
+                f"\n{run['bytes'] / 1e6:.0f} MB: {whole} MB/s of source per core (corpus {corpus_rate}, tokens "
+                f"{tokens_rate}; the tokenizers library {peer}); peak {run['peak'] / 1e6:.0f} MB, "
+                f"{run['idle'] / 1e6:.0f} of them before the work"
             )
     small, large = runs.values()
     assert large["bytes"] > 9 * small["bytes"]
