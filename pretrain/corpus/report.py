@@ -82,7 +82,8 @@ def write(corpus: Path, out: Path, more: Sequence[Section] = ()) -> None:
         *more,
         seconds(corpus, counts["crawl"].get("bytes", 0)),
     ]
-    failed = json.loads((corpus / "manifest.json").read_text()).get("failed")
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    failed = "; ".join(filter(None, [manifest["failed"], *manifest.get("unread", {}).values()]))
     sections = [Section("Failed", text=failed), *sections] if failed else sections
     for name, text in (("report.md", _markdown(sections)), ("report.html", _html(sections))):
         with replacing(Path(out) / name) as temporary:
