@@ -131,14 +131,19 @@ def sections(out: Path) -> list[report.Section]:
     """What a report says of a finished token folder: tokens by split and language, lengths, time."""
     manifest, encoded = (json.loads((out / name).read_text()) for name in ("manifest.json", "parts/manifest.json"))
     counts = encoded["counts"]
-    lines = [*manifest["splits"].items(), *sorted(counts["languages"].items(), key=lambda i: (-i[1]["tokens"], i[0]))]
+    languages = sorted(counts["languages"].items(), key=lambda item: (-item[1]["tokens"], item[0]))
+    lines = [*manifest["splits"].items(), *languages]
     rows = [
         (name, f"{t['documents']:,}", f"{t['files']:,}", f"{t['tokens']:,}", f"{t['bytes'] / max(1, t['tokens']):.2f}")
         for name, t in lines
     ]
+    shown = languages[: report.LANGUAGES][::-1]
+    bars = {"tokens": [made["tokens"] / 1e6 for _, made in shown]}
+    plot = report.plotted([name for name, _ in shown], bars, "millions of tokens")
+    header = ("split or language", "documents", "files", "tokens", "bytes a token")
     lengths = {int(power): number for power, number in counts["lengths"].items()}
     return [
-        report.Section("Tokens", ("split or language", "documents", "files", "tokens", "bytes a token"), rows),
+        report.Section("Tokens", header, rows, plot=plot),
         report.histogram("Document lengths in tokens", "tokens", lengths),
         dataclasses.replace(report.seconds(out, counts["bytes"]), title="Time of encoding"),
     ]

@@ -29,7 +29,7 @@ PARTS_READ = 64
 CLUSTERS_KEPT = 1_000_000
 
 _STAGES = ("crawl", "filter", "dedup", "near", "quality")  # those that drop files, in their order
-_LANGUAGES = 20  # in a plot
+LANGUAGES = 20  # in a plot
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def _by_language_and_stage(counts: dict[str, Any]) -> Section:
     for name in names:
         cells = (kept[stage].get(name, {"files": 0, "bytes": 0}) for stage in stages)
         rows.append((name, *(f"{cell['files']:,} / {size(cell['bytes'])}" for cell in cells)))
-    shown = names[:_LANGUAGES][::-1]
+    shown = names[:LANGUAGES][::-1]
     bars = {stage: [kept[stage].get(name, {}).get("bytes", 0) / 1e6 for name in shown] for stage in stages}
-    plot = _plot(shown, bars, "MB of text kept after each stage")
+    plot = plotted(shown, bars, "MB of text kept after each stage")
     return Section("Files and text by language and stage", ("language", *stages), rows, plot=plot)
 
 
@@ -124,7 +124,9 @@ def _reasons(counts: dict[str, Any], plot: bool = False) -> Section:
     rows = [(stage, reason, f"{number:,}") for stage, reason, number in found]
     shown = found[::-1]
     bars = {"files": [float(number) for _, _, number in shown]}
-    drawn = _plot([f"{stage}: {reason}" for stage, reason, _ in shown], bars, "files dropped", log=True) if plot else ""
+    drawn = (
+        plotted([f"{stage}: {reason}" for stage, reason, _ in shown], bars, "files dropped", log=True) if plot else ""
+    )
     return Section("Dropped files", ("stage", "reason", "files"), rows, plot=drawn)
 
 
@@ -164,7 +166,7 @@ def _duplicates(corpus: Path) -> list[Section]:
         names = [f"{a}" if b - a == 1 else f"{a} to {b - 1}" for a, b in itertools.pairwise(edges)]
         text = f"{sizes.sum():,} copies of {len(sizes):,} originals were dropped"
         text += f" (of one original in {every})" if every > 1 else ""
-        plot = _plot(
+        plot = plotted(
             names[::-1], {"originals": [float(n) for n in bars[::-1]]}, "originals by dropped copies", log=True
         )
         rows = [(name, f"{number:,}") for name, number in largest]
@@ -199,7 +201,7 @@ def histogram(title: str, unit: str, counts: dict[int, int], text: str = "") -> 
     powers = range(min(counts, default=0), max(counts, default=0) + 1)
     names = [f"{_short(2**power)} to {_short(2 ** (power + 1))}" for power in powers]
     numbers = [counts.get(power, 0) for power in powers]
-    plot = _plot(names[::-1], {"documents": [float(n) for n in numbers[::-1]]}, f"documents by length in {unit}")
+    plot = plotted(names[::-1], {"documents": [float(n) for n in numbers[::-1]]}, f"documents by length in {unit}")
     rows = [(name, f"{number:,}") for name, number in zip(names, numbers, strict=True)]
     return Section(title, (unit, "documents"), rows, text, plot)
 
@@ -275,7 +277,7 @@ def _html(sections: Sequence[Section]) -> str:
     return "\n".join((*parts, "</body></html>\n"))
 
 
-def _plot(names: Sequence[str], bars: dict[str, list[float]], title: str, log: bool = False) -> str:
+def plotted(names: Sequence[str], bars: dict[str, list[float]], title: str, log: bool = False) -> str:
     """Horizontal bars as an SVG element, the first name at the bottom; the same bytes for the same numbers."""
     if not names or not any(any(values) for values in bars.values()):
         return ""
@@ -289,6 +291,7 @@ def _plot(names: Sequence[str], bars: dict[str, list[float]], title: str, log: b
         for number, (label, values) in enumerate(bars.items()):
             axes.barh(places + 0.4 - (number + 0.5) * height, values, height, label=label)
         axes.set_yticks(places, [name.replace("$", r"\$") for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_title(title)
         axes.grid(axis="x", alpha=0.3)
         if log:
