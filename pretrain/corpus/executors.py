@@ -11,6 +11,7 @@ SlurmPipelineExecutor. Between machines nothing travels but files: the corpus fo
 of them share.
 """
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -273,7 +274,6 @@ def slurm_options(run: Run) -> dict[str, Any]:
         "partition": run.partition,
         "workers": run.workers,
         "mem_per_cpu_gb": run.memory_gb,
-        "job_name": "corpus",
         "qos": "",
         "env_command": f"trap 'exit 0' EXIT\n{setup}",
         "sbatch_args": {"wait": ""},
@@ -282,13 +282,16 @@ def slurm_options(run: Run) -> dict[str, Any]:
 
 def _waiting_slurm(engine: Any) -> Any:
     class Waiting(engine):
-        def launch_merge_stats(self) -> None:
-            """datatrove's statistics are not used; a job for them would only wait in the queue."""
-
-        def run(self) -> None:
+        def launch_job(self) -> None:
+            """Submits the job and waits for it, after ending one that a killed run of this stage has left behind."""
+            self.job_name = f"corpus-{hashlib.sha256(self.logging_dir.path.encode()).hexdigest()[:12]}"
+            subprocess.run(["scancel", "--quiet", f"--name={self.job_name}"], check=False)
             try:
-                super().run()
+                super().launch_job()
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"sbatch ended with status {error.returncode}") from error
+
+        def launch_merge_stats(self) -> None:
+            """datatrove's statistics are not used; a job for them would only wait in the queue."""
 
     return Waiting

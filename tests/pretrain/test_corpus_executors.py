@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ print("Submitted batch job 7")
 sys.exit(status)
 """
 SRUN = '#!/bin/sh\nwhile [ "$1" != launch_pickled_pipeline ]; do shift; done\nexec "$@"\n'
+SCANCEL = '#!/bin/sh\necho "$@" >> "$(dirname "$0")/cancelled"\n'
 SCONTROL = "#!/bin/sh\necho localhost\n"
 
 
@@ -58,7 +60,12 @@ def local(tmp_path_factory):
 def slurm(tmp_path, monkeypatch):
     """Stand-ins for Slurm's programs, first on the path."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("sbatch", SBATCH.format(python=sys.executable)), ("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (
+        ("sbatch", SBATCH.format(python=sys.executable)),
+        ("srun", SRUN),
+        ("scancel", SCANCEL),
+        ("scontrol", SCONTROL),
+    ):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -117,6 +124,9 @@ def test_slurm(slurm, function, tmp_path, monkeypatch):
     script = (tmp_path / "logs" / "test" / "launch_script.slurm").read_text()
     for line in ("array=0-1%2", "partition=cpu", "mem-per-cpu=3G", "time=24:00:00", "wait", "cpus-per-task=1"):
         assert f"#SBATCH --{line}\n" in script
+    # What a killed run has left in the queue is cancelled by the job's name, which this folder's stage alone has.
+    (name,) = re.findall(r"#SBATCH --job-name=(corpus-\w{12})\n", script)
+    assert (tmp_path / "bin" / "cancelled").read_text() == f"--quiet --name={name}\n"
     with executors.running(Run("slurm")) as works:
         records = stage.run("test", tmp_path, function, [SHARDS[0], SHARDS[3]], executor=works)["shards"]
     assert all("outputs" in record for record in records.values())
