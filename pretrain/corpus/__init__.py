@@ -29,7 +29,7 @@ from .executors import run_settings, running
 from .order import Document
 from .report import dropped_for, summary
 from .sources import Repository, find
-from .stage import Manifest, failures, follow, run, settings_of
+from .stage import Manifest, common, failures, follow, run, settings_of
 
 __all__ = ["Document", "build", "documents", "load_config", "parts", "read", "summary"]
 
@@ -82,7 +82,7 @@ def build(
         "sources": list(sources),
         "config": {name: stages[name]["config"] for name in _SECTIONS},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
-        "documents": [r["outputs"]["part"] for r in stages["documents"]["shards"].values() if "outputs" in r],
+        "documents": [record["outputs"]["part"] for record in stages["documents"]["shards"].values()],
         "failed": failures(out),
     }
     write_json(out / "manifest.json", manifest)
@@ -97,7 +97,7 @@ def _run_stages(
     shutil.rmtree(out / "cache", ignore_errors=True)
     kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **how)
     digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **how)
-    shards = dedup.decide(out, kept, digests)
+    shards = dedup.decide(out, *common(kept, digests))
     unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **how)
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
     if not unique["counts"].get("files"):

@@ -105,7 +105,7 @@ def run(
 
     settings: a dataclass, passed on and part of each shard's key. modules: those whose source decides the result.
     executor: where the shards are worked on. progress: a bar on stderr if that is a terminal.
-    A shard that failed has its reason in the manifest (`failures` tells all), and no outputs.
+    A shard that failed is not among the manifest's "shards" but under "failed" (`failures` tells of all stages).
     """
     folder = out / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,17 +122,18 @@ def run(
         for name, record in executor(jobs):
             records[name] = record
             bar.advance(task)
+    finished = {name: record for name, record in records.items() if "failed" not in record}
     counts: dict[str, Any] = {}
-    for record in records.values():
+    for record in finished.values():
         record.pop("cpu_seconds", None)
-        add(counts, record.get("counts", {}))
+        add(counts, record["counts"])
     manifest = {
         "stage": stage,
-        "finished": not any("failed" in record for record in records.values()),
         "config": config,
         "code": code,
         "counts": counts,
-        "shards": records,
+        "shards": finished,
+        "failed": {name: record for name, record in records.items() if "failed" in record},
     }
     write_json(folder / "manifest.json", manifest)
     return manifest
@@ -143,14 +144,18 @@ def failures(out: Path) -> str:
     parts = []
     for path in sorted(out.glob("*/manifest.json"), key=lambda path: (path.parent.name != "crawl", path)):
         manifest = json.loads(path.read_text())
-        failed = {name: r["failed"] for name, r in manifest.get("shards", {}).items() if "failed" in r}
+        failed = manifest.get("failed")
         if failed:
-            reasons = "; ".join(f"shard {name}: {reason}" for name, reason in sorted(failed.items()))
-            parts.append(
-                f"{len(failed)} of the {len(manifest['shards'])} shards of the stage {path.parent.name} "
-                f"failed: {reasons}"
-            )
+            reasons = "; ".join(f"shard {name}: {record['failed']}" for name, record in sorted(failed.items()))
+            total = len(failed) + len(manifest["shards"])
+            parts.append(f"{len(failed)} of the {total} shards of the stage {path.parent.name} failed: {reasons}")
     return ". ".join(parts)
+
+
+def common(*manifests: Manifest) -> list[Manifest]:
+    """The manifests of stages with the same shards, less the shards that failed in one of them."""
+    names = set.intersection(*(set(manifest["shards"]) for manifest in manifests))
+    return [m | {"shards": {name: m["shards"][name] for name in m["shards"] if name in names}} for m in manifests]
 
 
 def follow(*outputs: tuple[Manifest, str]) -> list[Shard]:
@@ -160,7 +165,7 @@ def follow(*outputs: tuple[Manifest, str]) -> list[Shard]:
     """
     shards = []
     for name in outputs[0][0]["shards"]:
-        if any("outputs" not in manifest["shards"].get(name, {}) for manifest, _ in outputs):
+        if any(name not in manifest["shards"] for manifest, _ in outputs):
             continue
         written = [manifest["shards"][name]["outputs"][kind] for manifest, kind in outputs]
         files = tuple(output["file"] for output in written)

@@ -106,9 +106,9 @@ def function(monkeypatch):
 
 def test_datatrove(function, tmp_path):
     with executors.running(Run("datatrove", workers=2)) as works:
-        records = stage.run("test", tmp_path / "a", function, SHARDS[:2], executor=works)["shards"]
-    assert records == stage.run("test", tmp_path / "b", function, SHARDS[:2])["shards"] | {"00001": records["00001"]}
-    assert records["00001"]["failed"] == "a full sentence"
+        manifest = stage.run("test", tmp_path / "a", function, SHARDS[:2], executor=works)
+    assert manifest["shards"] == stage.run("test", tmp_path / "b", function, SHARDS[:2])["shards"]
+    assert manifest["failed"]["00001"]["failed"] == "a full sentence"
     assert contents(tmp_path / "a").keys() == {"test/part-00000.parquet", "test/manifest.json"}
 
 
@@ -117,10 +117,10 @@ def test_slurm(slurm, function, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "GRACE", 0)
     with executors.running(Run("slurm", workers=2, partition="cpu", memory_gb=3)) as works:
         works.options["max_array_size"] = 2
-        records = stage.run("test", tmp_path, function, SHARDS, executor=works)["shards"]
-    assert [name for name in records if "outputs" in records[name]] == ["00000", "00003"]
-    assert records["00001"]["failed"] == "a full sentence"
-    assert records["00002"]["failed"].startswith("its task ended without a record")
+        manifest = stage.run("test", tmp_path, function, SHARDS, executor=works)
+    assert list(manifest["shards"]) == ["00000", "00003"]
+    assert manifest["failed"]["00001"]["failed"] == "a full sentence"
+    assert manifest["failed"]["00002"]["failed"].startswith("its task ended without a record")
     script = (tmp_path / "logs" / "test" / "launch_script.slurm").read_text()
     for line in ("array=0-1%2", "partition=cpu", "mem-per-cpu=3G", "time=24:00:00", "wait", "cpus-per-task=1"):
         assert f"#SBATCH --{line}\n" in script
@@ -128,8 +128,8 @@ def test_slurm(slurm, function, tmp_path, monkeypatch):
     (name,) = re.findall(r"#SBATCH --job-name=(corpus-\w{12})\n", script)
     assert (tmp_path / "bin" / "cancelled").read_text() == f"--quiet --name={name}\n"
     with executors.running(Run("slurm")) as works:
-        records = stage.run("test", tmp_path, function, [SHARDS[0], SHARDS[3]], executor=works)["shards"]
-    assert all("outputs" in record for record in records.values())
+        manifest = stage.run("test", tmp_path, function, [SHARDS[0], SHARDS[3]], executor=works)
+    assert manifest["failed"] == {}
     assert json.loads((tmp_path / "logs" / "test" / "ranks_to_run.json").read_text()) == [
         0,
         1,

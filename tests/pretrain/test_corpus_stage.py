@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pretrain import corpus
-from pretrain.corpus import executors, stage
+from pretrain.corpus import crawl, dedup, executors, order, rules, stage
 from pretrain.corpus.executors import Run
 from pretrain.corpus.stage import Result, Shard
 
@@ -222,9 +222,8 @@ def test_a_failed_shard_does_not_stop_the_others(sources, tmp_path):
     assert "repo9: git clone failed" in message
     assert "\n" not in message
     manifest = json.loads((out / "crawl" / "manifest.json").read_text())
-    assert not manifest["finished"]
-    assert "repo2.zip" in manifest["shards"]["00002"]["failed"]
-    assert "Traceback" in manifest["shards"]["00002"]["traceback"]
+    assert "repo2.zip" in manifest["failed"]["00002"]["failed"]
+    assert "Traceback" in manifest["failed"]["00002"]["traceback"]
     assert {document.repo for document in corpus.documents(out)} == {f"repo{number}" for number in (0, 1, 3, 4, 5)}
     bad.unlink()
     build(sources, out)
@@ -250,9 +249,30 @@ def test_a_dead_worker_fails_its_shard_and_no_other(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     function = __import__("test_corpus_stage").ends  # by the name under which a worker can import it
     with executors.running(Run(workers=2)) as works:
-        shards = stage.run("test", tmp_path, function, SHARDS, executor=works)["shards"]
-    assert "its process was killed, perhaps for want of memory" in shards["00001"]["failed"]
-    assert [name for name in shards if "outputs" in shards[name]] == ["00000", "00002", "00003"]
+        manifest = stage.run("test", tmp_path, function, SHARDS, executor=works)
+    assert "its process was killed, perhaps for want of memory" in manifest["failed"]["00001"]["failed"]
+    assert list(manifest["shards"]) == ["00000", "00002", "00003"]
+
+
+@pytest.mark.parametrize("name", ["crawl_shard", "filter_shard", "digest_shard", "keep_shard", "order_shard"])
+def test_a_shard_that_fails_anywhere_stops_nothing(sources, tmp_path, monkeypatch, name):
+    """Whatever stage it is, the corpus is that of the other shards; and the next run adds the missing one."""
+    module = next(m for m in (crawl, rules, dedup, order) if hasattr(m, name))
+    real = getattr(module, name)
+
+    def fails(out, shard, settings):
+        if shard.name == "00003":
+            raise ValueError("injected")
+        return real(out, shard, settings)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, name, fails)
+        manifest = build(sources, tmp_path / "out")
+    assert "1 of the 6 shards of the stage" in manifest["failed"]
+    assert {document.repo for document in corpus.documents(tmp_path / "out")} == {f"repo{n}" for n in (0, 1, 2, 4, 5)}
+    assert build(sources, tmp_path / "out")["failed"] == ""
+    build(sources, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_an_unexpected_error_names_its_type(tmp_path):
