@@ -94,6 +94,8 @@ def _run_stages(
 ) -> dict[str, Manifest]:
     shards = crawl.plan(repositories, out, limits)
     crawled = run("crawl", out, crawl.crawl_shard, shards, limits, _CODE["crawl"], **how)
+    if shards and not crawled["shards"]:
+        raise ValueError(f"{failures(out)}; remove the cause and run the same command again")
     shutil.rmtree(out / "cache", ignore_errors=True)
     kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), filter_rules, _CODE["filter"], **how)
     digests = run("digests", out, dedup.digest_shard, follow((kept, "part")), None, _CODE["dedup"], **how)
