@@ -14,7 +14,7 @@ from rich.table import Table
 import convert
 from convert.command import run
 
-from . import generation, prompts
+from . import generation, prompts, repository
 from .config import ModelConfig
 from .languages import language_of
 from .model import Decoder
@@ -178,7 +178,7 @@ def _with_repository(
     suffix: str | None,
     max_new_tokens: int,
 ) -> list[int]:
-    """`prompts.repository` from a folder on disk: its other files of the same language."""
+    """`prompts.repository` from a folder on disk: its other files of the languages that a file can depend on."""
     if not repo.is_dir():
         raise FileNotFoundError(f"{repo}: no such folder; --repo names the root of a repository")
     if not file.resolve().is_relative_to(repo.resolve()):
@@ -191,13 +191,15 @@ def _with_repository(
             f"{file}: the text around the cursor makes {alone} tokens and {max_new_tokens} are kept for "
             f"--max-new-tokens, more than the model's context of {context}; lower that option or pass less of the file"
         )
-    language = language_of(file.name)
+    languages = repository.related(file.name)
     files: dict[str, str] = {}
     # Files of unknown language share none.
-    for path in sorted(repo.rglob("*")) if language else []:
+    for path in sorted(repo.rglob("*")) if languages else []:
         relative = path.relative_to(repo)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or language_of(str(relative)) != language or not path.is_file() or path.is_symlink():
+        language = language_of(str(relative))
+        known = language is not None and language.name in languages
+        if hidden or not known or not path.is_file() or path.is_symlink():
             continue
         try:
             files[relative.as_posix()] = path.read_text(encoding="utf-8")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Language:
-    """`comment` opens a comment; it ends with the line when `comment_end` is empty. No comments at all: both empty."""
+    """`comment` opens a comment, a blank included where the sign needs one; it ends with the line when `comment_end` is
+    empty. No comments at all: both empty."""
 
     name: str
     extensions: tuple[str, ...]
@@ -31,7 +32,7 @@ LANGUAGES: tuple[Language, ...] = (
     Language("Assembly", (".asm", ".nasm", ".s"), (), ";"),
     Language("Augeas", (".aug",), (), "(*", "*)"),
     Language("AWK", (".awk", ".gawk", ".mawk", ".nawk")),
-    Language("Batchfile", (".bat", ".cmd"), (), "REM"),
+    Language("Batchfile", (".bat", ".cmd"), (), "REM "),
     Language("Bluespec", (".bsv",), (), "//"),
     Language("C", (".c", ".h"), (), "//"),  # .h: C++ shares it; what both can include counts as C
     Language("C#", (".cs", ".csx"), (), "//"),
@@ -111,7 +112,7 @@ LANGUAGES: tuple[Language, ...] = (
     Language("YAML", (".yaml", ".yml"), (".clang-format",)),
     Language("Zig", (".zig",), (), "//"),
     Language("Markdown", (".md", ".markdown", ".mkd", ".mkdn"), (), "<!--", "-->"),
-    Language("reStructuredText", (".rst", ".rest"), (), ".."),
+    Language("reStructuredText", (".rst", ".rest"), (), ".. "),
 )
 # fmt: on
 
@@ -136,3 +137,15 @@ def language_of(path: str) -> Language | None:
             return language
         dot = name.find(".", dot + 1)
     return None
+
+
+def comment_line(path: str, text: str) -> str:
+    """`text` as a comment of the path's language, without a line end: "//a/b.c".
+
+    `#` where there is no language, and where a language has no comments (JSON): in a document for a language model
+    that is still the plainest sign of one.
+    """
+    language = language_of(path)
+    if language is None or not language.comment:
+        return "#" + text
+    return language.comment + text + language.comment_end

@@ -22,16 +22,20 @@ SYSTEM = (
 # sha256 of the chat template that the released instruct models carry: what `chat` renders without running Jinja.
 CHAT_TEMPLATE_SHA256 = "993c0af704bad76aeba4263a5318f7873a06420a8eb7d40b72a49c39599c0a66"
 
+# Orders of an infilling's parts.
+FIM_MODES = ("psm", "spm", "joint")
+
 
 def completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """[BOS] text: the model continues it."""
     return tokenizer.encode(text, bos=tokenizer.add_bos)
 
 
-def fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+def fim(tokenizer: Tokenizer, prefix: str, suffix: str, mode: str = "psm") -> list[int]:
     """[BOS] <fim_begin> prefix <fim_hole> suffix <fim_end>: the model writes what stands in the hole, then EOS.
 
-    Text is joined as it is; nothing is added around the hole. Order PSM, the only one DeepSeek-Coder was trained on.
+    Text is joined as it is; nothing is added around the hole. mode: PSM is the only order that DeepSeek-Coder was
+    trained on; the others of FIM_MODES are for models that were trained here with them.
     Raises ValueError for a vocabulary without FIM tokens. Warns for instruct models: their tuning had no FIM.
     """
     if tokenizer.fim_ids is None:
@@ -43,14 +47,21 @@ def fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
         warnings.warn(
             "this is an instruct model, tuned without infilling; a base model fills holes better", stacklevel=2
         )
-    return fim_sample(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix))
+    return fim_sample(tokenizer, tokenizer.encode(prefix), tokenizer.encode(suffix), mode)
 
 
-def fim_sample(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
-    """The ids of `fim` from encoded parts; a training sample goes on with the middle and EOS."""
+def fim_sample(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int], mode: str = "psm") -> list[int]:
+    """The ids of `fim` from encoded parts; a training sample goes on with the middle and EOS.
+
+    mode: "psm"; "spm", suffix before prefix; "joint", the prefix last, so that the middle continues it.
+    """
     assert tokenizer.fim_ids is not None
     begin, hole, end = tokenizer.fim_ids
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    if mode == "spm":
+        return [*bos, hole, *suffix, begin, *prefix, end]
+    if mode == "joint":
+        return [*bos, begin, hole, *suffix, end, *prefix]
     return [*bos, begin, *prefix, hole, *suffix, end]
 
 
@@ -61,16 +72,18 @@ def repository(
     prefix: str,
     suffix: str | None = None,
     max_tokens: int = 16384,
+    sign: str = "hash",
 ) -> list[int]:
     """A completion of `path` (or, unless `suffix` is None, an infilling) with the repository's other files before it.
 
     files: path -> text of the other files. Those that `path` imports, directly or not, stand nearest to it, the
     dependencies of a file always before it; unrelated files come first. Every file begins with a comment that names
     its path. Where the whole is longer than `max_tokens`, files are left out from the front, never cut.
-    In an infilling the other files are the beginning of the prefix.
+    In an infilling the other files are the beginning of the prefix. sign: of the path comments, "hash" as the released
+    models have it, or "language" for a model trained on a corpus of that form (`repository.path_comment`).
     """
     others = {name: text for name, text in files.items() if name != path}
-    pieces = [tokenizer.encode(repo.path_comment(path) + prefix)]
+    pieces = [tokenizer.encode(repo.path_comment(path, sign) + prefix)]
     tail = tokenizer.encode(suffix or "")
     fixed = len(completion(tokenizer, "") if suffix is None else fim(tokenizer, "", ""))
     alone = fixed + len(pieces[0]) + len(tail)
@@ -81,7 +94,7 @@ def repository(
         )
     room = max_tokens - alone
     for name in reversed(_nearest_last(others, path, prefix + (suffix or ""))):
-        ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")])[0])
+        ids = tokenizer.encode(repo.pieces([(name, others[name]), (path, "")], sign)[0])
         if len(ids) > room:
             break
         room -= len(ids)
@@ -98,7 +111,7 @@ def _nearest_last(others: dict[str, str], path: str, text: str) -> list[str]:
     edges = repo.imports(files)
     needed, frontier = {path}, [path]
     while frontier:
-        fresh = edges.get(frontier.pop(), set()) - needed
+        fresh = edges[frontier.pop()].keys() - needed
         needed |= fresh
         frontier += fresh
     ordered = [name for component in repo.order(files, edges) for name in component if name != path]

@@ -18,10 +18,15 @@ except ModuleNotFoundError as missing:
 from . import metrics, recipe, tokens
 from . import tokenizer as vocabulary
 from . import train as training
+from .corpus import report
+from .corpus.executors import run_settings
 from .dataset import Windows, load_windows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pre-train DeepSeek-Coder from raw repositories.")
 
+_SOURCE = "Folder made by `corpus`; or prose: .parquet or .jsonl with `text`, or a folder of these."
+Workers = Annotated[int | None, typer.Option(help="Shards at a time; default 1.")]
+Engine = Annotated[str | None, typer.Option("--executor", help="Where: local, datatrove, ray or slurm.")]
 Force = Annotated[bool, typer.Option(help="Replace what is there.")]
 
 
@@ -29,24 +34,33 @@ Force = Annotated[bool, typer.Option(help="Replace what is there.")]
 def corpus(
     sources: Annotated[list[str], typer.Argument(help="Folders, git URLs, archives, or a manifest (.jsonl, .csv).")],
     out: Annotated[Path, typer.Option(help="Folder for the corpus.")],
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    workers: Workers = None,
+    executor: Engine = None,
     config: Annotated[Path | None, typer.Option(help="TOML with other thresholds than DeepSeek's.")] = None,
 ) -> None:
     """Crawl, filter, deduplicate and order repositories into documents. Run again to continue."""
-    corpora.build(sources, out, workers, corpora.load_config(config) if config else None)
+    settings = corpora.load_config(config) if config else None
+    manifest = corpora.build(sources, out, workers, settings, executor=executor)
+    report.write(out, out)
     print(corpora.summary(out))
+    print(f"{out / 'report.html'}: the report")
+    reasons = [manifest["failed"], *manifest["unread"].values()]
+    if any(reasons):
+        said = "; ".join(reason for reason in reasons if reason)
+        raise ValueError(f"{said}; the corpus holds the others, and the same command tries these again")
 
 
 @app.command()
 def tokenizer(
-    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="CORPUS...", help=_SOURCE)],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="BPE tokens; the control tokens come on top.")] = 32000,
+    sample_bytes: Annotated[int, typer.Option(help="Train on about so much text of each source.")] = 1_000_000_000,
     force: Force = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer on a corpus."""
+    """Train a byte-level BPE tokenizer on a sample of corpora."""
     vocabulary.refuse_existing(out, force)
-    texts = (text for document in corpora.documents(corpus) for text in document.texts)
+    texts = (text for source in sources for text in vocabulary.sample(source, sample_bytes))
     made = vocabulary.train(texts, vocab_size, progress=sys.stderr.isatty())
     vocabulary.save(made, out)
     print(f"{out}: {made.vocab_size:,} tokens")
@@ -54,13 +68,19 @@ def tokenizer(
 
 @app.command(name="tokens")
 def tokens_command(
-    corpus: Annotated[Path, typer.Argument(help="Folder made by `corpus`.")],
+    source: Annotated[Path, typer.Argument(metavar="CORPUS", help=_SOURCE)],
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files.")],
     valid: Annotated[float, typer.Option(help="Share of documents held out for validation.")] = 0.01,
+    workers: Workers = None,
+    executor: Engine = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with the section [run].")] = None,
 ) -> None:
     """Encode a corpus as plain ids (infilling happens while training). Run again to continue."""
-    manifest = tokens.build(corpus, Tokenizer.load(tokenizer), out, valid)
+    run = run_settings(corpora.load_config(config).get("run", {}) if config else {}, executor, workers)
+    manifest = tokens.build(source, Tokenizer.load(tokenizer), out, valid, run)
+    if (source / "manifest.json").is_file():
+        report.write(source, out, _of_tokens(out))
     for split, totals in manifest["splits"].items():
         print(f"{split}: {totals['tokens']:,} tokens in {totals['documents']:,} documents, {totals['bytes']:,} bytes")
 
@@ -76,7 +96,8 @@ def show(
     """Print training windows as the loader makes them, control tokens visible."""
     chosen = recipe.load(recipe_file) if recipe_file else recipe.Recipe()
     data = chosen.data
-    windows = load_windows(tokens, "train", data.window, chosen.train.seed, data.fim_rate, data.fim_loss)
+    how = (data.fim_rate, data.fim_loss, data.fim_modes, data.fim_spans, data.packing)
+    windows = load_windows(tokens, "train", data.window, chosen.train.seed, *how)
     for index in range(number):
         print(described(windows, index))
 
@@ -110,6 +131,26 @@ def plot(
     target = out or run / "loss.png"
     metrics.plot(run, target)
     print(target)
+
+
+def _of_tokens(folder: Path) -> list[report.Section]:
+    """What the report says of a token folder, samples as the loader will make them included."""
+    sections = tokens.sections(folder)
+    try:
+        files = tokens.TokenFiles(folder, "train")
+        files.document_ends = files.document_ends[:256]  # the plan for all would take its time
+        files.file_ends = files.file_ends[: files.document_ends[-1]]
+        windows = Windows(files, Tokenizer.load(folder / "tokenizer"), 4096)
+    except ValueError:  # no FIM tokens in this vocabulary, or nothing to train on
+        return sections
+    infilled = (
+        part[:3000]
+        for window in range(windows.windows_in(0))
+        for part in described(windows, window).split("\n--- ")
+        if part.startswith("infilling")
+    )
+    how = "FIM rate 0.5, seed 0, windows of 4,096 tokens; python -m pretrain show draws others."
+    return [*sections, report.Section("Samples for infilling", text=how, code=list(itertools.islice(infilled, 4)))]
 
 
 def described(windows: Windows, index: int) -> str:

@@ -11,6 +11,10 @@ from typing import Any
 
 from deepseek_coder.config import ModelConfig
 
+from . import fim
+from .mixture import Mix
+
+_EPOCHS = "a table of folders and numbers above 0, and not given beside data.weights"
 # What the blocks may compute in; weights and optimizer state stay in float32.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,14 +45,29 @@ class Model:
 class Data:
     """tokens: folder made by `python -m pretrain tokens`. window: tokens in a training window.
 
-    fim_loss: "all" tokens of FIM samples are trained on, or only the "middle". workers: loader processes (0: none).
+    Instead of `tokens` several folders, in a table [data.weights] of folder = share of the tokens, or [data.epochs] of
+    folder = how often it is read (`mixture.py`); only ratios count.
+    fim_rate: share of documents that become FIM samples. fim_modes, fim_spans: each of them takes one of these, all as
+    likely; a name given twice is twice as likely (`fim.py` says what they are).
+    fim_loss: "all" tokens of FIM samples are trained on, or only the "middle".
+    packing: "best_fit", whole documents that do not see each other; or "concat", as DeepSeek-Coder did: all in a row,
+    cut where a window ends, and every token sees the whole window before it. workers: loader processes (0: none).
     """
 
     tokens: str = "tokens"
+    weights: dict[str, float] = field(default_factory=dict)
+    epochs: dict[str, float] = field(default_factory=dict)
     window: int = 4096
     fim_rate: float = 0.5
+    fim_modes: tuple[str, ...] = ("psm",)
+    fim_spans: tuple[str, ...] = ("char",)
     fim_loss: str = "all"
+    packing: str = "best_fit"
     workers: int = 0
+
+    @property
+    def source(self) -> str | Mix:
+        return Mix(self.weights, self.epochs) if self.weights or self.epochs else self.tokens
 
 
 @dataclass(frozen=True)
@@ -169,6 +188,10 @@ def _check(recipe: Recipe, source: str) -> None:
     data, optimizer, train = recipe.data, recipe.optimizer, recipe.train
     ends, betas = optimizer.stage_ends, optimizer.betas
     numbers = all(isinstance(value, int | float) for value in (*ends, *betas))
+
+    def positive(table: dict[str, float]) -> bool:
+        return all(type(value) in (int, float) and 0 < value < math.inf for value in table.values())
+
     counts = [
         (f"{section}.{name}", value >= 0, "0 or more")
         for section in ("data", "optimizer", "train")
@@ -179,7 +202,12 @@ def _check(recipe: Recipe, source: str) -> None:
         *counts,
         ("model.vocab_multiple", recipe.model.vocab_multiple >= 1, "1 or more"),
         ("data.fim_rate", 0 <= data.fim_rate <= 1, "between 0 and 1"),
+        ("data.fim_modes", _some_of(data.fim_modes, fim.MODES), f"a list of {', '.join(fim.MODES)}"),
+        ("data.fim_spans", _some_of(data.fim_spans, fim.SPANS), f"a list of {', '.join(fim.SPANS)}"),
         ("data.fim_loss", data.fim_loss in ("all", "middle"), '"all" or "middle"'),
+        ("data.packing", data.packing in ("best_fit", "concat"), '"best_fit" or "concat"'),
+        ("data.weights", positive(data.weights), "a table of folders and numbers above 0"),
+        ("data.epochs", positive(data.epochs) and not (data.epochs and data.weights), _EPOCHS),
         ("optimizer.learning_rate", 0 < optimizer.learning_rate < math.inf, "above 0"),
         (
             "optimizer.stage_ends",
@@ -206,6 +234,10 @@ def _check(recipe: Recipe, source: str) -> None:
             raise ValueError(f"{source}: {key} is {getattr(getattr(recipe, section), name)!r}; it must be {wanted}")
 
 
+def _some_of(values: tuple[typing.Any, ...], known: tuple[str, ...]) -> bool:
+    return len(values) > 0 and all(value in known for value in values)
+
+
 def _section(kind: type, raw: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(raw, dict):
@@ -214,7 +246,7 @@ def _section(kind: type, raw: Any, where: str) -> Any:
     for key, value in raw.items():
         if key not in fields:
             raise ValueError(f"{where}.{key} is not a known key; known are {', '.join(fields)}")
-        default = fields[key].default
+        default = {} if fields[key].default is dataclasses.MISSING else fields[key].default  # the tables of data
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(default, tuple) and isinstance(value, list):

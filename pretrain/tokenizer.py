@@ -5,19 +5,37 @@ Two differences from the released vocabulary: the control tokens follow the BPE 
 uses, so leaving these bytes out of the alphabet loses nothing.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from convert.gguf_tokenizer import PRE_TOKENIZERS
 from deepseek_coder.tokenizer import BOS, EOS, EOT, FILES, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
 
+from . import documents
 from .files import writing
 
 CONTROL = (BOS, EOS, FIM_HOLE, FIM_BEGIN, FIM_END, "<pad>", "<|User|>", "<|Assistant|>", EOT)
 # Bytes that never occur in UTF-8, as byte-level BPE spells them.
 _NEVER = frozenset("ÀÁõö÷øùúûüýþÿ")
+
+
+def sample(source: Path, size: int) -> Iterator[str]:
+    """The texts of a sample of a source (documents.py), of about `size` bytes; all of them where there is not more.
+
+    A text is in it or not by a hash of its repository, path and content, so neither shards nor workers change the
+    sample.
+    """
+    pieces = documents.pieces(source)
+    share = min(1.0, size / max(1, sum(documents.text_bytes(piece) for piece in pieces)))
+    for piece in pieces:
+        for document in documents.read(piece):
+            for path, text in zip(document.paths, document.texts, strict=True):
+                digest = hashlib.blake2b("\0".join((document.repo, path, text)).encode(), digest_size=8).digest()
+                if int.from_bytes(digest, "big") < share * 2**64:
+                    yield text
 
 
 def train(texts: Iterable[str], vocab_size: int = 32000, progress: bool = False) -> Tokenizer:

@@ -3,31 +3,54 @@
 A folder holds the splits `train` and `valid`, each as three flat little-endian arrays that are memory-mapped:
 `.ids` (uint16, or uint32 for vocabularies past 65,536), `.files` (uint64 token position after each file) and
 `.documents` (uint64 number of files up to each document's end). Beside them lie the tokenizer and `manifest.json`,
-which is written last: a folder without it is unfinished. `progress.json` records how far a run came, so that the same
-command goes on there after an interruption.
+which is written last: a folder without it is unfinished.
+
+Encoding is a stage like those of the corpus (corpus/stage.py): each piece of the source becomes one table under
+OUT/parts/, on any executor, and a second run encodes only what is new or changed. The tables are then joined in the
+order of the source, so the arrays are the same bytes for any number of shards, workers and machines.
+
+The ids are those of the `tokenizers` library. With DeepSeek's pre-tokenizer it encodes some 1 MB/s, and `kitoken`, from
+the same file, nine times that; so kitoken is used where it is installed and gives the same ids on a sample of the
+source and on texts that are known to trip encoders.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from itertools import islice
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from deepseek_coder import tokenizer as vocabulary
 from deepseek_coder.tokenizer import Tokenizer
 
-from . import corpus
-from .corpus import Document
-from .files import write_json, writing
+from . import documents
+from .corpus import report, stage
+from .corpus.executors import Run, running
+from .corpus.stage import Result, Shard
+from .files import replacing, write_json, writing
 
 SPLITS = ("train", "valid")
-# Text that is encoded, written and recorded together.
-CHUNK_BYTES = 16 * 2**20
+PARTS = pa.schema([("ids", pa.large_binary()), ("files", pa.list_(pa.uint32())), ("bytes", pa.uint64())])
+
+# Text on which kitoken is compared with tokenizers before it is trusted with the rest.
+_SAMPLE_BYTES = 300_000
+_TRAPS = (
+    "<|EOT|><｜fim▁begin｜><｜end▁of▁sentence｜><pad><|User|>",
+    "\r\n\t\t  \n\n\n   x  =  1\n" * 3,
+    "í õ ÷ Á ý À ÿ ö 中文，标点。 日本語 한국어 हिन्दी 👩‍👩‍👧 \u0301 \ufeff \u200b \x00\x7f",
+    "12345 1_000.5e-7 0xFFFF a1b2 'd've I'LL -->=>>= /**/",
+    "a" * 5000 + " " * 5000 + "\n" * 500,
+    "",
+)
 
 
 class TokenFiles:
@@ -48,9 +71,14 @@ class TokenFiles:
         dtype = np.dtype(manifest["dtype"])
         if totals["tokens"] == 0:
             raise ValueError(f"{path}: the split {split!r} is empty; use a larger corpus or another --valid share")
+        self.tokenizer_sha256: str = manifest["key"]["tokenizer"]
         self.ids = self._map(f"{split}.ids", dtype, totals["tokens"])
         self.file_ends = np.array(self._map(f"{split}.files", np.dtype("<u8"), totals["files"]), np.int64)
         self.document_ends = np.array(self._map(f"{split}.documents", np.dtype("<u8"), totals["documents"]), np.int64)
+
+    def in_epoch(self, starts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Which samples an epoch has: here all of them, in a mixture (mixture.py) a part."""
+        return np.ones(len(starts), bool)
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
         file = self.path / name
@@ -61,134 +89,198 @@ class TokenFiles:
 
 
 def build(
-    corpus_dir: Path, tokenizer: Tokenizer, out: Path, valid: float = 0.01, progress: bool = True
+    source: Path, tokenizer: Tokenizer, out: Path, valid: float = 0.01, run: Run | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Encode a corpus into a token folder and return its manifest.
+    """Encode a corpus, or prose (documents.py), into a token folder and return its manifest.
 
-    valid: share of documents held out, evenly spread over the corpus.
-    Running it again continues an interrupted run, and does nothing where the folder is finished and up to date.
-    Raises ValueError if `out` holds tokens of another corpus, tokenizer or share.
+    valid: share of documents held out, evenly spread over the source. run: the executor; default this process.
+    Running it again brings the folder up to date with the source, and does nothing where it is.
+    Raises ValueError if `out` holds tokens of another tokenizer or share, and for shards that failed.
     """
     if not 0 <= valid < 1:
         raise ValueError(f"--valid {valid} is not a share between 0 and 1")
+    pieces = documents.pieces(source)
+    out = Path(out).expanduser().resolve()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    key = {
-        "corpus": hashlib.sha256((corpus_dir / "manifest.json").read_bytes()).hexdigest()
-        if (corpus_dir / "manifest.json").is_file()
-        else "",
-        "tokenizer": hashlib.sha256(b"".join(tokenizer.files.values())).hexdigest(),
-        "valid": valid,
-    }
-    documents = corpus.documents(corpus_dir)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", "progress.json"):
-        record = _record(out / name)
-        if record and record["key"] != key:
-            raise ValueError(f"{out}: holds tokens made from another corpus, tokenizer or share; choose another --out")
-        if record and name == "manifest.json":
-            return record
-    done, splits = _resume(out, dtype)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task("tokens", total=None)
-        for chunk in _chunks(islice(documents, done, None)):
-            encoded = iter(tokenizer.encode_batch([text for document in chunk for text in document.texts]))
-            for split in SPLITS:
-                splits[split].begin()
-            for number, document in enumerate(chunk, start=done):
-                writer = splits[_split_of(number, valid)]
-                writer.add([next(encoded) for _ in document.texts], document.texts)
-            for split in SPLITS:
-                splits[split].flush(out / split, dtype)
-            done += len(chunk)
-            totals = {split: splits[split].totals for split in SPLITS}
-            write_json(out / "progress.json", {"key": key, "documents": done, "splits": totals})
-            bar.update(task, completed=done, description=f"tokens: {sum(t['tokens'] for t in totals.values()):,}")
+    settings = Encoding(hashlib.sha256(b"".join(tokenizer.files.values())).hexdigest(), dtype.str)
+    inputs = stage.fingerprint([piece.fingerprint for piece in pieces])
+    key = {"inputs": inputs, "tokenizer": settings.tokenizer, "valid": valid}
+    done = _record(out / "manifest.json")
+    if done and any(done["key"].get(name) != key[name] for name in ("tokenizer", "valid")):
+        raise ValueError(f"{out}: holds tokens made with another tokenizer or share; choose another --out")
+    if done and done["key"] == key:
+        return done
     with writing(out / "tokenizer"):
-        (out / "tokenizer").mkdir(exist_ok=True)
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)  # unfinished from here on
         tokenizer.save(out / "tokenizer")
-    manifest = {"key": key, "dtype": dtype.str, "splits": {split: splits[split].totals for split in SPLITS}}
+    kind = chosen_encoder(tokenizer, _sample(pieces))
+    shards = [Shard(f"{n:05}", (piece, kind), piece.fingerprint) for n, piece in enumerate(pieces)]
+    modules = (sys.modules[__name__], documents, vocabulary)
+    with running(run or Run()) as works:
+        made = stage.run("parts", out, encode_shard, shards, settings, modules, works, progress)
+    if failed := stage.failures(out):
+        raise ValueError(f"{failed}; the others are kept: remove the cause and run the same command again")
+    totals = _join([out / record["outputs"]["part"]["file"] for record in made["shards"].values()], out, valid, dtype)
+    manifest = {"key": key, "dtype": dtype.str, "code": made["code"], "splits": totals}
     write_json(out / "manifest.json", manifest)
-    (out / "progress.json").unlink(missing_ok=True)
     return manifest
 
 
-class _Writer:
-    """Appends documents to a split's files; what is not yet flushed is in memory."""
+def sections(out: Path) -> list[report.Section]:
+    """What a report says of a finished token folder: tokens by split and language, lengths, time."""
+    manifest, encoded = (json.loads((out / name).read_text()) for name in ("manifest.json", "parts/manifest.json"))
+    counts = encoded["counts"]
+    languages = sorted(counts["languages"].items(), key=lambda item: (-item[1]["tokens"], item[0]))
+    lines = [*manifest["splits"].items(), *languages]
+    rows = [
+        (name, f"{t['documents']:,}", f"{t['files']:,}", f"{t['tokens']:,}", f"{t['bytes'] / max(1, t['tokens']):.2f}")
+        for name, t in lines
+    ]
+    shown = languages[: report.LANGUAGES][::-1]
+    bars = {"tokens": [made["tokens"] / 1e6 for _, made in shown]}
+    plot = report.plotted([name for name, _ in shown], bars, "millions of tokens")
+    header = ("split or language", "documents", "files", "tokens", "bytes a token")
+    lengths = {int(power): number for power, number in counts["lengths"].items()}
+    return [
+        report.Section("Tokens", header, rows, plot=plot),
+        report.histogram("Document lengths in tokens", "tokens", lengths),
+        dataclasses.replace(report.seconds(out, counts["bytes"]), title="Time of encoding"),
+    ]
 
-    def __init__(self, totals: dict[str, int] | None = None):
-        self.totals = totals or {"documents": 0, "files": 0, "tokens": 0, "bytes": 0}
 
-    def begin(self) -> None:
-        self.ids: list[int] = []
-        self.file_ends: list[int] = []
-        self.document_ends: list[int] = []
+# ---- encoding --------------------------------------------------------------------------------------------------------
 
-    def add(self, files: list[list[int]], texts: list[str]) -> None:
-        for ids, text in zip(files, texts, strict=True):
-            self.ids += ids
-            self.totals["tokens"] += len(ids)
-            self.totals["files"] += 1
-            self.totals["bytes"] += len(text.encode())
-            self.file_ends.append(self.totals["tokens"])
-        self.totals["documents"] += 1
-        self.document_ends.append(self.totals["files"])
+Encoder = Callable[[list[str]], list[list[int]]]
 
-    def flush(self, stem: Path, dtype: np.dtype) -> None:
-        for suffix, values, kind in (
-            (".ids", self.ids, dtype),
-            (".files", self.file_ends, np.dtype("<u8")),
-            (".documents", self.document_ends, np.dtype("<u8")),
-        ):
-            path = stem.with_suffix(suffix)
-            with writing(path), path.open("ab") as file:
-                file.write(np.array(values, kind).tobytes())
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides the ids: the SHA-256 of the tokenizer's files, and the numbers they are stored as."""
+
+    tokenizer: str
+    dtype: str
+
+
+def encode_shard(out: Path, shard: Shard, settings: Encoding) -> Result:
+    """Inputs: a piece of the source and the encoder's name. One row a document, in order."""
+    piece, kind = shard.inputs
+    encode = _loaded(str(out / "tokenizer"), settings.tokenizer, kind)
+    rows: dict[str, list[Any]] = {name: [] for name in PARTS.names}
+    counts = {"documents": 0, "files": 0, "bytes": 0, "tokens": 0}
+    for document in documents.read(piece):
+        files = encode(document.texts)
+        ids = np.concatenate([np.array(ids, settings.dtype) for ids in files])
+        size = sum(len(text.encode()) for text in document.texts)
+        rows["ids"].append(ids.tobytes())
+        rows["files"].append([len(ids) for ids in files])
+        rows["bytes"].append(size)
+        made = {"documents": 1, "files": len(files), "bytes": size, "tokens": len(ids)}
+        length = str(max(1, len(ids)).bit_length() - 1)
+        stage.add(counts, made | {"languages": {document.language: made}, "lengths": {length: 1}})
+    return Result({"part": pa.table(rows, PARTS)}, counts)
+
+
+def chosen_encoder(tokenizer: Tokenizer, sample: list[str]) -> str:
+    """ "kitoken" if it is installed and gives the ids of the tokenizers library; else that, and a line on stderr."""
+    try:
+        wanted = tokenizer.encode_batch(sample)
+        if _kitoken(tokenizer)(sample) == wanted:
+            return "kitoken"
+        why = "it gives other ids on a sample"
+    except ModuleNotFoundError:
+        why = "it is not installed"
+    except Exception as error:  # its own error types are not documented; whatever it is, the other library can do it
+        why = f"it cannot read this tokenizer: {error}"
+    print(f"encoding with tokenizers, some nine times slower than kitoken ({why})", file=sys.stderr)
+    return "tokenizers"
+
+
+def _kitoken(tokenizer: Tokenizer) -> Encoder:
+    import kitoken
+
+    if "tokenizer.json" not in tokenizer.files:
+        raise ValueError("only tokenizer.json is read by it here")
+    # Control tokens are taken out, or their strings in a text would become their ids.
+    raw = json.loads(tokenizer.files["tokenizer.json"])
+    raw["added_tokens"] = [t for t in raw.get("added_tokens", []) if t["content"] not in tokenizer.control]
+    raw["post_processor"] = None
+    fast = kitoken.Kitoken.from_tokenizers(json.dumps(raw).encode())
+    return lambda texts: fast.encode_all(texts, False)
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: str, sha256: str, kind: str) -> Encoder:
+    """The encoder of this process; sha256 tells apart tokenizers that lay in one folder."""
+    tokenizer = Tokenizer.load(folder)
+    return _kitoken(tokenizer) if kind == "kitoken" else tokenizer.encode_batch
+
+
+def _sample(pieces: list[documents.Piece]) -> list[str]:
+    """Traps, and the first documents of a few pieces from all over the source."""
+    sample = list(_TRAPS)
+    chosen = pieces[:: max(1, len(pieces) // 8)]
+    for piece in chosen:
+        size = 0
+        for text in (text for document in documents.read(piece) for text in document.texts):
+            sample.append(text)
+            size += len(text)
+            if size > _SAMPLE_BYTES // len(chosen):
+                break
+    return sample
+
+
+# ---- joining ---------------------------------------------------------------------------------------------------------
+
+
+def _join(parts: list[Path], out: Path, valid: float, dtype: np.dtype) -> dict[str, dict[str, int]]:
+    """Writes the arrays of both splits, whole or not at all, and returns their totals."""
+    totals = {split: {"documents": 0, "files": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        files = {}
+        for split in SPLITS:
+            for suffix in (".ids", ".files", ".documents"):
+                temporary = stack.enter_context(replacing((out / split).with_suffix(suffix)))
+                files[split, suffix] = stack.enter_context(temporary.open("wb"))
+        number = 0
+        for part in parts:
+            for batch in pq.ParquetFile(part).iter_batches(batch_size=1024):
+                ids, lengths, sizes = (batch.column(name) for name in PARTS.names)
+                tokens, counts = lengths.flatten().to_numpy(), lengths.value_lengths().to_numpy()
+                held_out = _held_out(np.arange(number, number + len(batch)), valid)
+                for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+                    total = totals[split]
+                    for text in ids.filter(pa.array(chosen)):
+                        files[split, ".ids"].write(text.as_buffer())
+                    ends = total["tokens"] + np.cumsum(tokens[np.repeat(chosen, counts)], dtype=np.uint64)
+                    files[split, ".files"].write(ends.astype("<u8").tobytes())
+                    documents_end = total["files"] + np.cumsum(counts[chosen], dtype=np.uint64)
+                    files[split, ".documents"].write(documents_end.astype("<u8").tobytes())
+                    total["documents"] += int(chosen.sum())
+                    total["files"] += len(ends)
+                    total["tokens"] = int(ends[-1]) if len(ends) else total["tokens"]
+                    total["bytes"] += int(sizes.to_numpy()[chosen].sum())
+                number += len(batch)
+    return totals
+
+
+def _held_out(numbers: np.ndarray, valid: float) -> np.ndarray:
+    """Every (1 / valid)-th document of the source."""
+    return np.floor((numbers + 1) * valid) > np.floor(numbers * valid)
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """A manifest or a record of progress; None if there is none. Raises ValueError for any other file."""
+    """The manifest of a token folder; None if there is none. Raises ValueError for any other file."""
     if not file.is_file():
         return None
     try:
         record = json.loads(file.read_text())
         for split in SPLITS:
             record["splits"][split]["tokens"]
-        record["key"], record["dtype" if file.name == "manifest.json" else "documents"]
+        record["key"]["tokenizer"], record["dtype"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{file}: not the record of a token folder, or damaged; name another folder, or delete this one and make "
             "it again"
         ) from None
     return record
-
-
-def _resume(out: Path, dtype: np.dtype) -> tuple[int, dict[str, _Writer]]:
-    """(documents done, writers that continue): files are cut back to what the last record vouches for."""
-    progress = _record(out / "progress.json")
-    writers = {split: _Writer(progress["splits"][split] if progress else None) for split in SPLITS}
-    for split, writer in writers.items():
-        for suffix, count in ((".ids", "tokens"), (".files", "files"), (".documents", "documents")):
-            file = (out / split).with_suffix(suffix)
-            with writing(file):
-                file.touch()
-                os.truncate(file, writer.totals[count] * (dtype.itemsize if suffix == ".ids" else 8))
-    return (progress["documents"] if progress else 0), writers
-
-
-def _split_of(number: int, valid: float) -> str:
-    """Every (1 / valid)-th document of the corpus is held out."""
-    return "valid" if int((number + 1) * valid) > int(number * valid) else "train"
-
-
-def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += sum(map(len, document.texts))
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

@@ -27,6 +27,7 @@ from deepseek_coder.model import Decoder
 from . import checkpoint, metrics, optimizer, parallel
 from .dataset import Window, Windows, join_windows, load_windows
 from .files import write_json, writing
+from .mixture import Mixture
 from .recipe import Recipe, to_dict
 from .schedule import learning_rate
 
@@ -58,8 +59,9 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
 
     # Data: windows are a pure function of their number.
     data = recipe.data
-    windows = load_windows(data.tokens, "train", data.window, settings.seed, data.fim_rate, data.fim_loss)
-    valid = load_windows(data.tokens, "valid", data.window, 0, 0.0, "all") if settings.validate_every else None
+    how = (data.fim_rate, data.fim_loss, data.fim_modes, data.fim_spans, data.packing)
+    windows = load_windows(data.source, "train", data.window, settings.seed, *how)
+    valid = load_windows(data.source, "valid", data.window, 0, 0.0, "all") if settings.validate_every else None
     tokenizer = windows.tokenizer
 
     # Model: described on the meta device, sharded, then filled.
@@ -83,6 +85,8 @@ def _train(recipe: Recipe, mesh: DeviceMesh, device: torch.device, dtype: torch.
         write_json(run / "recipe.json", to_dict(recipe))
         log = metrics.MetricsFile(run / "metrics.jsonl", first)
         print(_headline(config.num_parameters, windows, settings.batch * data.window, first, newest), flush=True)
+        if isinstance(windows.tokens, Mixture):
+            print(windows.tokens.described(settings.steps * settings.batch / windows.windows_in(0)), flush=True)
 
     def report(row: dict) -> None:
         if rank == 0:

@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,15 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 def official() -> Path:
     """Official tokenizer and config files of deepseek-coder-6.7b-instruct, which are not the project's to publish."""
     folder = ROOT.parent / "shared" / "official"
+    if not folder.is_dir():
+        pytest.skip("the official files are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def benchmarks() -> Path:
+    """Data of HumanEval, MBPP and others, which must not get into a corpus, and are not the project's to publish."""
+    folder = ROOT.parent / "shared" / "eval"
     if not folder.is_dir():
         pytest.skip("the official files are not beside this checkout")
     return folder
@@ -54,6 +67,52 @@ def download(package: str, pattern: str, member: str, sha256: str) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def source() -> Callable[[str], dict[str, bytes]]:
+    return _source
+
+
+def _source(package: str) -> dict[str, bytes]:
+    """The files of a published source: an sdist ("name==version") or an npm package ("npm:name@version").
+
+    {path below the archive's folder: content}. The archive is kept in .cache. Without a registry: a failure in CI,
+    elsewhere a skip.
+    """
+    folder = ROOT / ".cache" / "sources" / re.sub(r"[^\w.=-]", "_", package)
+    if not folder.is_dir():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        for command in _download_commands(package, temporary):
+            done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
+            if not done.returncode:
+                break
+        else:
+            shutil.rmtree(temporary)
+            message = f"{package} could not be fetched: {done.stderr.strip()[-300:]}"
+            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another worker was first
+            shutil.rmtree(temporary)
+    (archive,) = folder.iterdir()
+    with tarfile.open(archive) as members:
+        return {
+            member.name.partition("/")[2]: file.read()
+            for member in members
+            if member.isfile() and (file := members.extractfile(member))
+        }
+
+
+def _download_commands(package: str, folder: Path) -> list[list[str]]:
+    if package.startswith("npm:"):
+        if shutil.which("npm") is None:
+            pytest.skip("npm is not installed")
+        return [["npm", "pack", "--silent", package.removeprefix("npm:")]]
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    # pip asks a source for its name, which most answer with the setuptools that is here, at a tenth of the time.
+    return [[*pip, "--no-build-isolation", package], [*pip, package]]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
@@ -67,6 +126,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not os.environ.get("CI") or reporter is None:
         return
     allowed = ("needs a CUDA GPU", "the official files are not beside this checkout", "root reads everything")
+    allowed += ("npm is not installed",)
     for report in reporter.stats.get("skipped", []):
         if not any(reason in str(report.longrepr) for reason in allowed):
             reporter.write_line(f"skipped, but it should have run: {report.nodeid}: {report.longrepr}")

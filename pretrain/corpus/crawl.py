@@ -1,56 +1,88 @@
-"""Repositories become tables of files: (repo, path, language, text), sorted, with `\\n` at the line ends.
+"""Repositories become tables of files: (repo, path, language, text), sorted, in UTF-8 with `\\n` at the line ends.
 
 A repository is never split, so that every later stage sees all of it in one shard. Repositories go into shards in the
 order of their names until a shard holds `shard_bytes`, by a size known before anything is fetched: a folder's from its
 files, an archive's from its packed size, a git URL's by a plain guess.
 
 Whether a repository changed since the last run is told without reading it: a folder by the paths, sizes and
-modification times of its files, an archive by its own size and time, a git URL by the URL. So a clone is never
-refreshed; for a newer state take another output folder.
+modification times of its files, an archive by its own size and time, a git URL by the URL and commit. So a clone is
+never refreshed; for a newer state take another output folder.
 
-Every file that is left out is written down with its reason. Nothing in a repository can stop the crawl, except an
-archive with a member that climbs out of its folder: that was made to do harm, and the whole archive is refused.
+Nothing in a repository can stop the crawl. A file that is left out, and a repository that is refused or cannot be read,
+is written down with its reason; the next run tries again what could not be read.
+
+    crawl/part-*.parquet            repo, path, language, text
+    crawl/dropped-*.parquet         repo, path, reason
+    crawl/repositories-*.parquet    repo and what is known of it; `dropped` says why it has no files, if so
 """
 
 import hashlib
-import lzma
 import os
-import posixpath
-import re
 import shutil
-import stat
-import subprocess
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pyarrow as pa
+from charset_normalizer import from_bytes
 
 from deepseek_coder.languages import language_of
 
-from .sources import VENDORED, Repository, is_repository
-from .stage import DROPPED, FILES, Result, Shard, fingerprint, tally
+from . import archives, licences
+from .clones import clone, folder_of, head
+from .generated import generated
+from .sources import Repository, is_repository
+from .stage import DROPPED, FILES, Result, Shard, add, fingerprint
+from .vendored import VENDORED, vendored
 
 
 @dataclass(frozen=True)
 class Limits:
     max_file_bytes: int = 1 << 20  # hardly anything above it is written by hand
+    max_repository_files: int = 500_000  # a repository with more is passed over: it must fit in memory
+    max_repository_bytes: int = 2 << 30  # of its kept files
     shard_bytes: int = 64 << 20  # of text: small enough that a lost shard is cheap and its tables fit in memory
     clone_seconds: int = 600
+    clone_tries: int = 3
+    cache: str = ""  # a folder where clones stay for other runs; without, they go when their files are in the tables
+    # Which repositories: by what the list of repositories says, licences also by their licence files. What is not
+    # known of a repository does not satisfy a condition on it.
+    min_stars: int = 0
+    min_forks: int = 0
+    created_from: str = ""  # the first and last day, as 2023-01-31
+    created_until: str = ""
+    licences: tuple[str, ...] = ()  # SPDX ids, "permissive" for all of licences.py, "none" for no licence found
 
+
+REPOSITORIES = pa.schema(
+    [
+        ("repo", pa.string()),
+        ("url", pa.string()),
+        ("commit", pa.string()),
+        ("licence", pa.string()),
+        ("stars", pa.int64()),
+        ("forks", pa.int64()),
+        ("created", pa.string()),
+        ("dropped", pa.string()),
+    ]
+)
 
 _GIT_GUESS = 16 << 20  # bytes of text expected behind a git URL
 _ARCHIVE_RATIO = 4  # text usually shrinks to a quarter
 
 _OWN_RECORDS = frozenset((".git", ".hg", ".svn"))  # not files of the repository
 
+# What is not UTF-8 is one of these or left out. Of two that read a text equally well the earlier is taken.
+_ENCODINGS = ["cp1252", "cp1251", "cp1250", "koi8_r", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
+_BOMS = ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+
 # A file on its way in: its path, and its bytes or why it is left out.
 Found = tuple[str, bytes | str]
+
+
+class _Refused(Exception):
+    """A whole repository stays out of the corpus, for this reason."""
 
 
 def plan(repositories: list[Repository], out: Path, limits: Limits) -> list[Shard]:
@@ -71,41 +103,169 @@ def plan(repositories: list[Repository], out: Path, limits: Limits) -> list[Shar
     return shards
 
 
+@dataclass
+class _Table:
+    """Columns, not rows: a million small files are a million strings and nothing around them."""
+
+    schema: pa.Schema
+    columns: list[list[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.columns = [[] for _ in self.schema]
+
+    def append(self, *row: Any) -> None:
+        for column, value in zip(self.columns, row, strict=True):
+            column.append(value)
+
+    def finish(self) -> pa.Table:
+        """Sorted by the first two columns. The lists are emptied one by one, or all would be in memory twice."""
+        order = sorted(range(len(self.columns[0])), key=lambda row: (self.columns[0][row], self.columns[1][row] or ""))
+        arrays = []
+        for column, kind in zip(self.columns, self.schema, strict=True):
+            arrays.append(pa.array([column[row] for row in order], kind.type))
+            column.clear()
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+
 def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
-    kept, dropped, about = [], [], {}
+    files, dropped, repositories = _Table(FILES), _Table(DROPPED), _Table(REPOSITORIES)
+    counts: dict[str, Any] = {"files_in": 0, "files": 0, "bytes": 0, "repositories": len(shard.inputs)}
+    cache = Path(limits.cache).expanduser() if limits.cache else out / "cache"
+    unread = {}
     for repository in shard.inputs:
-        location = Path(repository.location)
-        about[repository.name] = dict(repository.about)
-        if repository.kind == "git":
-            location = _clone(repository.location, out / "cache", limits)
-            about[repository.name] |= {"url": repository.location, "commit": _commit(location)}
-        found = _archive(location, limits) if repository.kind == "archive" else _folder(location, out, limits)
-        for path, content in found:
-            language = language_of(path)
-            text, reason = _text(content) if isinstance(content, bytes) else ("", content)
-            if reason:
-                printable = path.encode("utf-8", "backslashreplace").decode()
-                dropped.append({"repo": repository.name, "path": printable, "reason": reason})
-            else:
-                assert language is not None
-                kept.append({"repo": repository.name, "path": path, "language": language.name, "text": text})
-    for rows in (kept, dropped):
-        rows.sort(key=lambda row: (row["repo"], row["path"]))
-    for repository in shard.inputs:  # all of the shard is in memory: the clones have served
-        if repository.kind == "git":
-            shutil.rmtree(_clone_folder(repository.location, out / "cache"), ignore_errors=True)
-    tables = {"part": pa.Table.from_pylist(kept, FILES), "dropped": pa.Table.from_pylist(dropped, DROPPED)}
-    return Result(tables, tally(kept, dropped) | {"repositories": len(shard.inputs)}, {"repositories": about})
+        why = None
+        mine = len(files.columns[0]), len(dropped.columns[0])
+        try:
+            _refuse_by_facts(repository, limits)
+            repository, found = _open(repository, out, cache, limits)
+            repository, encodings = _take(repository, found, files, dropped, limits)
+            _refuse_by_licence(repository, limits)
+            add(counts, {"encodings": encodings} if encodings else {})
+        except _Refused as reason:
+            why = str(reason)
+            add(counts, {"repositories_dropped": {why: 1}})
+        except ValueError as error:
+            why = unread[repository.name] = str(error)
+            add(counts, {"repositories_unread": 1})
+        if why:  # nothing of a repository, or all of it
+            for table, length in zip((files, dropped), mine, strict=True):
+                for column in table.columns:
+                    del column[length:]
+        url = repository.location if repository.kind == "git" else None
+        facts = (repository.commit, repository.licence, repository.stars, repository.forks, repository.created)
+        repositories.append(repository.name, url, *facts, why)
+    counts |= _tally(files, dropped)
+    if not limits.cache and not unread:  # all of the shard is in memory: the clones have served
+        for repository in shard.inputs:
+            if repository.kind == "git":
+                shutil.rmtree(folder_of(repository.location, repository.commit, cache), ignore_errors=True)
+    tables = {"part": files.finish(), "dropped": dropped.finish(), "repositories": repositories.finish()}
+    return Result(tables, counts, {"unread": unread} if unread else {})
 
 
-def _text(data: bytes) -> tuple[str, str]:
-    """(text, "") or ("", reason)."""
-    if b"\0" in data:
-        return "", "binary"
+def _open(repository: Repository, out: Path, cache: Path, limits: Limits) -> tuple[Repository, Iterator[Found]]:
+    location = Path(repository.location)
+    if repository.kind == "git":
+        commit = repository.commit
+        location = clone(repository.location, commit, cache, limits.clone_seconds, limits.clone_tries)
+        repository = replace(repository, commit=head(location))
+    return repository, _archive(location, limits) if repository.kind == "archive" else _folder(location, out, limits)
+
+
+def _take(
+    repository: Repository, found: Iterator[Found], files: _Table, dropped: _Table, limits: Limits
+) -> tuple[Repository, dict[str, int]]:
+    """Puts a repository's files into the tables; returns it with its licence, and how many files were not UTF-8."""
+    licence_texts = []
+    encodings: dict[str, int] = {}
+    number = size = 0
+    for path, content in found:
+        number += 1
+        if number > limits.max_repository_files:
+            raise _Refused(f"more than {limits.max_repository_files} files")
+        reason = content if isinstance(content, str) else ""
+        text = ""
+        language = language_of(path)
+        if isinstance(content, bytes):
+            text, encoding, reason = _text(content)
+            if not reason and licences.is_licence_file(path):
+                licence_texts.append(text)
+            if not reason and language is None:
+                reason = "unknown language"
+            elif not reason and generated(path, text):
+                reason = "generated"
+            if not reason and encoding != "utf-8":
+                encodings[encoding] = encodings.get(encoding, 0) + 1
+        if reason:
+            dropped.append(repository.name, path.encode("utf-8", "backslashreplace").decode(), reason)
+            continue
+        assert language is not None
+        size += len(content)
+        if size > limits.max_repository_bytes:
+            raise _Refused(f"more than {limits.max_repository_bytes} bytes")
+        files.append(repository.name, path, language.name, text)
+    licence = repository.licence or licences.detect(licence_texts) or None
+    return replace(repository, licence=licence), encodings
+
+
+def _tally(files: _Table, dropped: _Table) -> dict[str, Any]:
+    """As stage.tally does for rows."""
+    counts: dict[str, Any] = {"files_in": len(files.columns[0]) + len(dropped.columns[0]), "files": 0, "bytes": 0}
+    for language, text in zip(files.columns[2], files.columns[3], strict=True):
+        part = {"files": 1, "bytes": len(text) if text.isascii() else len(text.encode())}
+        add(counts, part | {"languages": {language: part}})
+    for reason in dropped.columns[2]:
+        add(counts, {"dropped": {reason: 1}})
+    return counts
+
+
+# ---- which repositories ----------------------------------------------------------------------------------------------
+
+
+def _refuse_by_facts(repository: Repository, limits: Limits) -> None:
+    if limits.min_stars and (repository.stars or 0) < limits.min_stars:
+        raise _Refused("stars")
+    if limits.min_forks and (repository.forks or 0) < limits.min_forks:
+        raise _Refused("forks")
+    day = (repository.created or "")[:10]
+    if limits.created_from and not day >= limits.created_from:
+        raise _Refused("created")
+    if limits.created_until and (not day or day > limits.created_until):
+        raise _Refused("created")
+    if repository.licence:
+        _refuse_by_licence(repository, limits)
+
+
+def _refuse_by_licence(repository: Repository, limits: Limits) -> None:
+    licence, wanted = repository.licence, limits.licences
+    if not wanted or (licence or "none").lower() in (name.lower() for name in wanted):
+        return
+    if not ("permissive" in wanted and licences.permissive(licence)):
+        raise _Refused("licence")
+
+
+# ---- one file --------------------------------------------------------------------------------------------------------
+
+
+def _text(data: bytes) -> tuple[str, str, str]:
+    """(text, encoding, "") or ("", "", reason)."""
+    encoding = next((name for bom, name in _BOMS if data.startswith(bom) and len(data) % 2 == 0), "utf-8")
+    if encoding == "utf-8" and b"\0" in data:
+        return "", "", "binary"
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"), ""
+        text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError:
-        return "", "not UTF-8"
+        best = from_bytes(data, cp_isolation=_ENCODINGS).best()
+        if best is None:
+            return "", "", "unknown encoding"
+        encoding = next(name for name in (*_ENCODINGS, best.encoding) if name in best.could_be_from_charset)
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:  # the library looks at samples of a long file
+            return "", "", "unknown encoding"
+    if "\0" in text:
+        return "", "", "binary"
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"), encoding, ""
 
 
 def _refused(path: str, size: int, limits: Limits) -> str:
@@ -113,8 +273,12 @@ def _refused(path: str, size: int, limits: Limits) -> str:
     if not path.isprintable():
         return "unprintable path"  # a line break would leave the path comment
     if language_of(path) is None:
+        if licences.is_licence_file(path) and size <= licences.MAX_BYTES:
+            return ""
         return "unknown language"
-    return "too large" if size > limits.max_file_bytes else ""
+    if size > limits.max_file_bytes:
+        return "too large"
+    return "vendored" if vendored(path) else ""
 
 
 def _measure(repository: Repository, out: Path, limits: Limits) -> tuple[int, str]:
@@ -125,7 +289,9 @@ def _measure(repository: Repository, out: Path, limits: Limits) -> tuple[int, st
         status = os.stat(repository.location)
         return status.st_size * _ARCHIVE_RATIO, fingerprint(status.st_size, status.st_mtime_ns)
     size, state = 0, hashlib.sha256()
-    for path, entry in sorted(_walk(Path(repository.location), "", out), key=lambda found: found[0]):
+    for number, (path, entry) in enumerate(_walk(Path(repository.location), out)):
+        if number > limits.max_repository_files:
+            break  # it will be refused
         name = path.encode("utf-8", "surrogateescape")
         if isinstance(entry, str):
             state.update(b"%b\0%b\n" % (name, entry.encode()))
@@ -136,185 +302,83 @@ def _measure(repository: Repository, out: Path, limits: Limits) -> tuple[int, st
     return size, state.hexdigest()
 
 
-# ---- folders and clones ----------------------------------------------------------------------------------------------
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _walk(root: Path, folder: str, out: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
-    """(path under root, entry) of every regular file, and (path, reason) of what is passed over."""
-    try:
-        entries = list(os.scandir(root / folder))
-    except OSError:
-        yield folder + "/", "unreadable"
-        return
-    for entry in entries:
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.is_symlink():
-            yield path, "symbolic link"
-        elif entry.is_dir():
-            below = Path(entry.path)
-            if entry.name in VENDORED:
-                yield path + "/", "vendored folder"
-            elif is_repository(below) and not is_repository(root):
-                continue  # a repository of its own (sources.py)
-            elif entry.name not in _OWN_RECORDS and below != out:
-                yield from _walk(root, path, out)
-        elif entry.is_file():
-            yield path, entry
-        else:
-            yield path, "not a regular file"
+def _walk(root: Path, out: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
+    """(path under root, entry) of every regular file, and (path, reason) of what is passed over, always in one order.
+
+    Without recursion: a folder may be nested more deeply than Python's calls.
+    """
+    nested_too = is_repository(root)
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            yield folder + "/", "unreadable"
+            continue
+        below = []
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_symlink():
+                yield path, "symbolic link"
+            elif entry.is_dir():
+                if entry.name in VENDORED:
+                    yield path + "/", "vendored folder"
+                elif entry.name in _OWN_RECORDS or Path(entry.path) == out:
+                    continue
+                elif nested_too or not is_repository(Path(entry.path)):  # else a repository of its own (sources.py)
+                    below.append(path)
+            elif entry.is_file():
+                yield path, entry
+            else:
+                yield path, "not a regular file"
+        folders += reversed(below)
 
 
 def _folder(root: Path, out: Path, limits: Limits) -> Iterator[Found]:
-    for path, entry in _walk(root, "", out):
+    for path, entry in _walk(root, out):
         if isinstance(entry, str):
             yield path, entry
             continue
-        reason = _refused(path, entry.stat(follow_symlinks=False).st_size, limits)
         try:
+            reason = _refused(path, entry.stat(follow_symlinks=False).st_size, limits)
             yield path, reason or Path(entry.path).read_bytes()
         except OSError:
             yield path, "unreadable"
 
 
-def _clone_folder(url: str, cache: Path) -> Path:
-    return cache / hashlib.sha256(url.encode()).hexdigest()
-
-
-def _clone(url: str, cache: Path, limits: Limits) -> Path:
-    """The clone of a URL; one that an interrupted run completed is used again."""
-    folder = _clone_folder(url, cache)
-    if not folder.exists():
-        unfinished = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            _git("clone", "--quiet", "--depth", "1", "--", url, str(unfinished), seconds=limits.clone_seconds)
-        except subprocess.TimeoutExpired:
-            raise ValueError(
-                f"{url}: git clone took over {limits.clone_seconds} s; raise [crawl] clone_seconds"
-            ) from None
-        except subprocess.CalledProcessError as error:
-            said = " ".join(error.stderr.split()) or f"exit status {error.returncode}"
-            raise ValueError(
-                f"{url}: git clone failed ({said}); check the URL, or take it out of the sources"
-            ) from None
-        os.replace(unfinished, folder)
-    return folder
-
-
-def _commit(clone: Path) -> str:
-    try:
-        return _git("-C", str(clone), "rev-parse", "--verify", "HEAD")
-    except subprocess.CalledProcessError:
-        return ""  # a repository without any commit
-
-
-def _git(*arguments: str, seconds: int = 60) -> str:
-    # No question may be asked: there is nobody at the terminal of a crawl.
-    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "GIT_LFS_SKIP_SMUDGE": "1"}
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            check=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            env=os.environ | quiet,
-            stdin=subprocess.DEVNULL,
-        )
-    except FileNotFoundError:
-        raise ValueError("the program git is not installed; install it, or give folders and archives only") from None
-    return done.stdout.strip()
-
-
-# ---- archives --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Member:
-    path: str
-    size: int
-    kind: str  # "file", "link" or "other"
-    link: str | None  # where a link leads, from the archive's root
-    open: Callable[[], IO[bytes] | None] | None  # of a file
-
-
 def _archive(file: Path, limits: Limits) -> Iterator[Found]:
-    """The files of an archive, read without unpacking it; one folder around everything is taken off.
-
-    Raises ValueError for an archive that is damaged, or has a member or link that leaves the archive's folder.
-    """
+    """The files of an archive; one folder around everything is taken off."""
     found: dict[str, bytes | str] = {}  # of two members of one name the later counts, as when unpacking
-    try:
-        for member in _zip_members(file) if file.name.lower().endswith(".zip") else _tar_members(file):
-            path = _inside(member.path, file)
-            if member.link is not None:
-                _inside(member.link, file)
-            if not _OWN_RECORDS.intersection(path.split("/")):
-                found[path] = _member_content(member, path, limits)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
-        said = " ".join(str(error).split())  # tarfile's runs over several lines
-        raise ValueError(f"{file}: this archive cannot be read ({said}); fetch it again, or take it out") from error
+    size = 0
+
+    def refuse(path: str, stated: int) -> str:
+        # Whether there is a folder around everything is not known yet.
+        inner = path.partition("/")[2]
+        return "" if inner and not _refused(inner, stated, limits) else _refused(path, stated, limits)
+
+    for path, content in archives.contents(file, refuse, max(limits.max_file_bytes, licences.MAX_BYTES)):
+        if _OWN_RECORDS.intersection(path.split("/")):
+            continue
+        found[path] = content
+        size += len(content) if isinstance(content, bytes) else 0
+        if len(found) > limits.max_repository_files or size > limits.max_repository_bytes:
+            raise _Refused(f"more than {limits.max_repository_files} files or {limits.max_repository_bytes} bytes")
     tops = {path.split("/", 1)[0] if "/" in path else "" for path in found}
     around = len(tops.pop()) + 1 if len(tops) == 1 and "" not in tops else 0
-    vendored = set()
+    folders = set()
     for path, content in found.items():
-        parts = path[around:].split("/")
+        path = path[around:]
+        parts = path.split("/")
         cut = next((i for i, part in enumerate(parts[:-1]) if part in VENDORED), None)
-        if cut is None:
-            yield path[around:], content
+        if cut is not None:
+            folders.add("/".join(parts[: cut + 1]) + "/")
+        elif isinstance(content, bytes):
+            yield path, _refused(path, len(content), limits) or content
         else:
-            vendored.add("/".join(parts[: cut + 1]) + "/")
-    yield from ((path, "vendored folder") for path in vendored)
-
-
-def _inside(path: str, file: Path) -> str:
-    """A member's path in one form, if it stays within the archive's folder."""
-    plain = posixpath.normpath(path.replace("\\", "/"))
-    if plain.startswith(("/", "../")) or plain == ".." or re.match("[A-Za-z]:", plain):
-        raise ValueError(f"{file}: its member or link {path!r} leads out of the archive; do not trust it, take it out")
-    return plain
-
-
-def _member_content(member: _Member, path: str, limits: Limits) -> bytes | str:
-    if member.kind != "file":
-        return "symbolic link" if member.kind == "link" else "not a regular file"
-    reason = _refused(path, member.size, limits)
-    if reason:
-        return reason
-    stream = member.open() if member.open else None
-    assert stream is not None
-    with stream:
-        data = stream.read(limits.max_file_bytes + 1)  # the size that the archive states may be a lie
-    return data if len(data) <= limits.max_file_bytes else "too large"
-
-
-def _tar_members(file: Path) -> Iterator[_Member]:
-    with tarfile.open(file) as archive:
-        for info in archive:
-            if info.isdir():
-                _inside(info.name, file)
-            elif info.issym():
-                target = posixpath.join(posixpath.dirname(info.name), info.linkname)
-                yield _Member(info.name, 0, "link", target, None)
-            elif info.islnk():
-                yield _Member(info.name, 0, "link", info.linkname, None)
-            elif info.isreg():
-                yield _Member(info.name, info.size, "file", None, partial(archive.extractfile, info))
-            else:
-                yield _Member(info.name, 0, "other", None, None)
-
-
-def _zip_members(file: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            if info.is_dir():
-                _inside(info.filename, file)
-            elif stat.S_ISLNK(info.external_attr >> 16):
-                with archive.open(info) as stream:
-                    target = stream.read(4096).decode("utf-8", "replace")
-                target = posixpath.join(posixpath.dirname(info.filename), target)
-                yield _Member(info.filename, 0, "link", target, None)
-            else:
-                yield _Member(info.filename, info.file_size, "file", None, partial(archive.open, info))
+            yield path, content
+    yield from ((path, "vendored folder") for path in sorted(folders))

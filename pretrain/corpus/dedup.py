@@ -1,55 +1,211 @@
-"""Exact duplicates: of the files with one text, over all repositories, the first by (repository, path) stays.
+"""Exact duplicates: of the files with one text, over all repositories, that of the best repository stays.
 
-The only stage that must look at all shards at once, so it is cut into three: every shard's digests (parallel), one pass
-over the digests in the order of the corpus that decides who stays (small: some 200 bytes of memory for each distinct
-file), and every shard without what was decided against (parallel). The decision is part of a shard's fingerprint:
-a new file elsewhere makes only those shards new whose duplicates it changes.
+Which one is best is written down once, in `Ranking`, for exact and near-duplicates alike: a permissive licence, then
+more stars, then the larger text, then the older repository, then the order of the corpus. So the result depends neither
+on the shards nor on who was read first.
+
+A fork repeats most of another repository's files and changes some. Those few would stay, torn from their repository; so
+a repository with `fork_share` of its files in one other, better one goes altogether. (Its Jaccard similarity may be
+small, when the other is large: this is containment, which MinHash does not see.)
+
+The decision must look at all shards at once, so the work is cut into three: every shard's digests (parallel), one pass
+over them (some 40 bytes of memory for a file), and every shard without what was decided against (parallel). What is
+decided of a shard is a file, and its hash a part of the shard's key: a new file elsewhere makes only those shards new
+whose duplicates it changes.
 """
 
 import hashlib
+import io
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from .stage import DROPPED, FILES, Manifest, Result, Shard, fingerprint, follow, read_rows, tally
+from ..files import replacing
+from . import licences
+from .stage import DROPPED, FILES, Manifest, Result, Shard, fingerprint, read_rows, tally
 
-DIGESTS = pa.schema([("repo", pa.string()), ("path", pa.string()), ("sha256", pa.binary(32))])
-REASON = "exact duplicate"
+Ids = NDArray[np.int64]  # a file's or document's place in the corpus
+
+
+@dataclass(frozen=True)
+class Dedup:
+    fork_share: float = 0.9  # above 1: no repository counts as a fork
+    near: bool = True
+    # DeepSeek-Coder: "the same near-deduplication" as StarCoder, on a repository's concatenated files; these are
+    # StarCoder's numbers (bigcode-dataset, near_deduplication).
+    ngram: int = 5  # words in a shingle
+    permutations: int = 256
+    threshold: float = 0.7  # Jaccard similarity
+
+
+DIGESTS = pa.schema([("repo", pa.string()), ("path", pa.string()), ("sha256", pa.binary(32)), ("size", pa.int64())])
+GONE = DROPPED.append(pa.field("original", pa.string()))
+_DECIDED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("original", pa.string())])
+
+_PART = 20_000_000  # digests sorted at once
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which of several repositories keeps what they share; `number` is a repository's place in the corpus."""
+
+    names: list[str]
+    number: dict[str, int]
+    standing: NDArray[np.int64]  # by number: permissive licence, then stars; 0 is best
+    age: NDArray[np.int64]  # by number: day of creation, the unknown last
+
+    @classmethod
+    def of(cls, out: Path, crawled: Manifest) -> "Ranking":
+        rows: list[dict[str, Any]] = []
+        for record in crawled["shards"].values():
+            rows += read_rows(out / record["outputs"]["repositories"]["file"], ["repo", "licence", "stars", "created"])
+        standing = [(not licences.permissive(row["licence"]), -(row["stars"] or 0)) for row in rows]
+        names = [row["repo"] for row in rows]
+        return cls(
+            names,
+            {name: number for number, name in enumerate(names)},
+            _dense(standing),
+            _dense([(row["created"] or "9")[:10] for row in rows]),
+        )
+
+    def best_first(self, groups: NDArray[Any], repos: Ids, sizes: Ids, ids: Ids, last: Any = None) -> Ids:
+        """The order that sorts by group, and within a group puts the best first. last: those that come behind all."""
+        last = np.zeros(len(ids), dtype=bool) if last is None else last
+        return np.lexsort((ids, self.age[repos], -sizes, self.standing[repos], last, groups))
+
+
+def _dense(values: list[Any]) -> NDArray[np.int64]:
+    place = {value: number for number, value in enumerate(sorted(set(values)))}
+    return np.array([place[value] for value in values], dtype=np.int64)
 
 
 def digest_shard(out: Path, shard: Shard, settings: None) -> Result:
     rows = read_rows(out / shard.inputs[0], ["repo", "path", "text"])
     for row in rows:
-        row["sha256"] = hashlib.sha256(row.pop("text").encode()).digest()
+        text = row.pop("text").encode()
+        row |= {"sha256": hashlib.sha256(text).digest(), "size": len(text)}
     return Result({"part": pa.Table.from_pylist(rows, DIGESTS)}, {"files": len(rows)})
 
 
-def decide(out: Path, files: Manifest, digests: Manifest) -> list[Shard]:
-    """The shards of `files`, each with the rows to leave out: (row, who stays in its place)."""
-    first: dict[bytes, str] = {}
+def decide(out: Path, kept: Manifest, digests: Manifest, ranking: Ranking, settings: Dedup) -> list[Shard]:
+    """The shards of `kept`, each with the file that says which rows go, why, and who stays in their place."""
+    files = [out / record["outputs"]["part"]["file"] for record in digests["shards"].values()]
+    repos = np.concatenate([_numbers(pq.read_table(file, columns=["repo"])["repo"], ranking) for file in files])
+    owner = _owners(files, repos, ranking, np.zeros(len(ranking.names), dtype=bool))
+    source = _forks(repos, repos[owner], len(ranking.names), settings.fork_share)
+    fork = source >= 0
+    if fork.any():  # what only forks have goes with them; what others have too stays with one of those
+        owner = _owners(files, repos, ranking, fork)
+    ids = np.arange(len(owner))
+    lost = np.flatnonzero((owner != ids) | fork[repos])
+    originals = _names(files, np.unique(owner[lost]))
+    decisions = {
+        int(i): (
+            ("exact duplicate", originals[int(owner[i])])
+            if owner[i] != i
+            else ("fork", ranking.names[source[repos[i]]])
+        )
+        for i in lost
+    }
+    return write_decisions(out, "dedup", kept, decisions)
+
+
+def _numbers(names: pa.ChunkedArray, ranking: Ranking) -> NDArray[np.int32]:
+    encoded = names.combine_chunks().dictionary_encode()
+    table = np.array([ranking.number[name] for name in encoded.dictionary.to_pylist()], dtype=np.int32)
+    return table[encoded.indices.to_numpy()] if len(table) else np.zeros(0, dtype=np.int32)
+
+
+def _owners(files: list[Path], repos: NDArray[Any], ranking: Ranking, last: NDArray[np.bool_]) -> Ids:
+    """For every file the one that keeps its text, perhaps itself. last: repositories that come after all others."""
+    owner = np.arange(len(repos))
+    parts = 1 + len(repos) // _PART
+    for part in range(parts):
+        hashes, sizes, ids = [], [], []
+        begin = 0
+        for file in files:
+            table = pq.read_table(file, columns=["sha256", "size"])
+            column = table["sha256"].combine_chunks()
+            digest = np.frombuffer(column.buffers()[1], dtype=np.uint64, offset=column.offset * 32).reshape(-1, 4)
+            digest = digest[: len(table)]
+            mine = digest[:, 0] % np.uint64(parts) == part
+            hashes.append(digest[mine, 1:3])  # 128 bits of the 256 will never meet by chance
+            sizes.append(table["size"].to_numpy()[mine])
+            ids.append(begin + np.flatnonzero(mine))
+            begin += len(table)
+        found, number = np.concatenate(hashes), np.concatenate(ids)
+        _, group = np.unique(found, axis=0, return_inverse=True)
+        group = group.reshape(-1)
+        repo = repos[number]
+        order = ranking.best_first(group, repo, np.concatenate(sizes), number, last[repo])
+        first = np.concatenate(([True], np.diff(group[order]) > 0)) if len(order) else np.zeros(0, dtype=bool)
+        owner[number[order]] = number[order][np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+    return owner
+
+
+def _forks(repos: NDArray[Any], owners: NDArray[Any], count: int, share: float) -> NDArray[np.int64]:
+    """By repository: the one that holds at least `share` of its files (the most; of equals the first), or -1."""
+    source = np.full(count, -1, dtype=np.int64)
+    total = np.bincount(repos, minlength=count)
+    pairs, shared = np.unique(repos.astype(np.int64) * count + owners, return_counts=True)
+    mine, theirs = pairs // max(count, 1), pairs % max(count, 1)
+    enough = (mine != theirs) & (shared >= share * total[mine])
+    for i in np.flatnonzero(enough)[np.argsort(shared[enough], kind="stable")[::-1]][::-1]:
+        source[mine[i]] = theirs[i]
+    return source
+
+
+def _names(files: list[Path], ids: Ids) -> dict[int, str]:
+    """id -> repository/path, of these ids only."""
+    names: dict[int, str] = {}
+    begin = 0
+    for file in files:
+        end = begin + pq.read_metadata(file).num_rows
+        mine = ids[np.searchsorted(ids, begin) : np.searchsorted(ids, end)]
+        if len(mine):
+            table = pq.read_table(file, columns=["repo", "path"]).take(mine - begin)
+            names |= {int(i): f"{row['repo']}/{row['path']}" for i, row in zip(mine, table.to_pylist(), strict=True)}
+        begin = end
+    return names
+
+
+def write_decisions(out: Path, stage: str, inputs: Manifest, decisions: dict[int, tuple[str, str]]) -> list[Shard]:
+    """The shards of the stage that leaves out what was decided: {place in the corpus: (reason, original)}."""
+    (out / stage).mkdir(parents=True, exist_ok=True)
+    places = np.array(sorted(decisions), dtype=np.int64)
     shards = []
-    for parts, hashed in zip(follow((files, "part")), follow((digests, "part")), strict=True):
-        leave_out = []
-        for number, row in enumerate(read_rows(out / hashed.inputs[0])):
-            if row["sha256"] in first:
-                leave_out.append((number, first[row["sha256"]]))
-            else:
-                first[row["sha256"]] = f"{row['repo']}/{row['path']}"
-        inputs = (*parts.inputs, tuple(leave_out))
-        shards.append(Shard(parts.name, inputs, fingerprint(parts.fingerprint, leave_out)))
+    begin = 0
+    for name, record in inputs["shards"].items():
+        part = record["outputs"]["part"]
+        end = begin + part["rows"]
+        mine = places[np.searchsorted(places, begin) : np.searchsorted(places, end)]
+        rows = [dict(zip(_DECIDED.names, (int(i) - begin, *decisions[int(i)]), strict=True)) for i in mine]
+        file = f"{stage}/decided-{name}.parquet"
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, _DECIDED), table, compression="zstd")
+        if not (out / file).is_file() or (out / file).read_bytes() != table.getvalue():
+            with replacing(out / file) as temporary:
+                temporary.write_bytes(table.getvalue())
+        key = fingerprint(part["sha256"], rows)
+        shards.append(Shard(name, (part["file"], file), key))
+        begin = end
     return shards
 
 
 def keep_shard(out: Path, shard: Shard, settings: None) -> Result:
-    file, leave_out = shard.inputs
-    originals = dict(leave_out)
+    file, decided = shard.inputs
+    gone = {row["row"]: row for row in read_rows(out / decided)}
     kept, dropped = [], []
     for number, row in enumerate(read_rows(out / file)):
-        if number in originals:
-            gone = {"repo": row["repo"], "path": row["path"], "reason": REASON, "original": originals[number]}
-            dropped.append(gone)
+        if number in gone:
+            why = {name: gone[number][name] for name in ("reason", "original")}
+            dropped.append({"repo": row["repo"], "path": row["path"]} | why)
         else:
             kept.append(row)
-    schema = DROPPED.append(pa.field("original", pa.string()))
-    tables = {"part": pa.Table.from_pylist(kept, FILES), "dropped": pa.Table.from_pylist(dropped, schema)}
+    tables = {"part": pa.Table.from_pylist(kept, FILES), "dropped": pa.Table.from_pylist(dropped, GONE)}
     return Result(tables, tally(kept, dropped))

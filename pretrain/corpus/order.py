@@ -1,21 +1,25 @@
-"""Files become documents: in languages whose imports are read, one document for each group of files that import each
-other, dependencies first (deepseek_coder/repository.py); in the others one document for each file, as DeepSeek did
-for the languages that it did not order.
+"""Files become documents: in languages whose imports are read, one document for each group of files that depend on each
+other, dependencies first (deepseek_coder/repository); in the others one document for each file, as DeepSeek did for the
+languages that it did not order.
 
 A document keeps its files apart, each with its path comment, because what comes later needs the borders: a document
 that is too long is split between files, and only the last file is cut for infilling. Joined, its texts are the
 document.
 
 Dependencies are resolved in the repository as it was crawled: a package whose empty `__init__.py` the filter dropped is
-still a package. A dependency on a dropped file is counted and otherwise ignored.
+still a package, and a package.json that is too short to train on still names one. A dependency on a dropped file is
+counted and otherwise ignored.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from deepseek_coder import repository
 
@@ -30,10 +34,30 @@ DOCUMENTS = pa.schema(
     ]
 )
 
+# Files that say what names mean in imports, whether they are trained on or not.
+_MANIFESTS = r"(?:^|/)(?:package|composer|[tj]sconfig[^/]*)\.json$"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """order: one of repository.METHODS; seed: of the order "random". path_comment: one of repository.SIGNS."""
+
+    order: str = "feedback"
+    seed: int = 0
+    path_comment: str = "language"
+
+    def __post_init__(self) -> None:
+        for key, known in (("order", repository.METHODS), ("path_comment", repository.SIGNS)):
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"{key} in [documents] of the corpus configuration is {getattr(self, key)!r}; it must be one of "
+                    f"{', '.join(known)}"
+                )
+
 
 @dataclass(frozen=True)
 class Document:
-    """Files of one repository in training order; "".join(texts) is what the model reads."""
+    """Files of one repository in training order; "".join(texts) is what the model reads. language: of most of it."""
 
     repo: str
     language: str
@@ -41,16 +65,18 @@ class Document:
     texts: list[str]
 
 
-def order_shard(out: Path, shard: Shard, settings: None) -> Result:
-    """Inputs: the shard's kept files, then every table of its dropped ones."""
-    gone: dict[str, list[str]] = {}
-    for file in shard.inputs[1:]:
+def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:
+    """Inputs: the shard's kept files, those that were crawled, then every table of the dropped ones."""
+    gone: dict[str, dict[str, str]] = {}
+    for file in shard.inputs[2:]:
         for row in read_rows(out / file, ["repo", "path"]):
-            gone.setdefault(row["repo"], []).append(row["path"])
+            gone.setdefault(row["repo"], {})[row["path"]] = ""
+    for row in _manifests(out / shard.inputs[1]):
+        gone.setdefault(row["repo"], {})[row["path"]] = row["text"]
     documents: list[dict[str, Any]] = []
     counts: dict[str, Any] = {"documents": 0, "files": 0, "bytes": 0}
     for repo, rows in groupby(read_rows(out / shard.inputs[0]), key=lambda row: row["repo"]):
-        found, edges = repository_documents(repo, list(rows), gone.get(repo, []))
+        found, edges = repository_documents(repo, list(rows), gone.get(repo, {}), settings)
         documents += [vars(document) for document in found]
         add(counts, edges)
         for document in found:
@@ -59,25 +85,41 @@ def order_shard(out: Path, shard: Shard, settings: None) -> Result:
     return Result({"part": pa.Table.from_pylist(documents, DOCUMENTS)}, counts)
 
 
+def _manifests(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=["repo", "path", "text"]):
+        rows += batch.filter(pc.match_substring_regex(batch["path"], _MANIFESTS)).to_pylist()
+    return rows
+
+
 def repository_documents(
-    repo: str, rows: list[dict[str, Any]], gone: list[str]
-) -> tuple[list[Document], dict[str, int]]:
+    repo: str, rows: list[dict[str, Any]], gone: dict[str, str], settings: Settings
+) -> tuple[list[Document], dict[str, Any]]:
     """The documents of one repository, by their smallest path, and how well they respect its dependencies.
 
-    rows: its kept files {path, language, text}. gone: paths that were there and were dropped.
+    rows: its kept files {path, language, text}. gone: {path: text} of files that were there and were dropped; the text
+    may be "". The counts are of edges between kept files: all of them, those whose dependency stands first, and by
+    language the same for all and for strong edges.
     """
     files = {row["path"]: row["text"] for row in rows}
     languages = {row["path"]: row["language"] for row in rows}
-    edges = repository.imports(dict.fromkeys(gone, "") | files)
+    edges = repository.imports(gone | files)
     documents = []
     place: dict[str, int] = {}
-    for paths in repository.order(files, edges):
+    for paths in repository.order(files, edges, settings.order, settings.seed):
         place |= {path: number for number, path in enumerate(paths)}
-        texts = repository.pieces((path, files[path]) for path in paths)
-        documents.append(Document(repo, languages[paths[0]], paths, texts))
-    kept = [(path, dependency) for path in files for dependency in edges[path] if dependency in files]
-    return documents, {
-        "dependencies": len(kept),
-        "dependencies_first": sum(place[dependency] < place[path] for path, dependency in kept),
-        "dependencies_dropped": sum(len(edges[path]) for path in files) - len(kept),
-    }
+        sizes: Counter[str] = Counter()
+        for path in paths:
+            sizes[languages[path]] += len(files[path])
+        texts = repository.pieces(((path, files[path]) for path in paths), settings.path_comment)
+        documents.append(Document(repo, max(sorted(sizes), key=lambda name: sizes[name]), paths, texts))
+    counts: dict[str, Any] = {"dependencies": 0, "dependencies_first": 0, "dependencies_dropped": 0}
+    for path in files:
+        for dependency, strong in edges[path].items():
+            if dependency not in files:
+                add(counts, {"dependencies_dropped": 1})
+                continue
+            first = int(place[dependency] < place[path])
+            mine = {"all": 1, "first": first, "strong": int(strong), "strong_first": int(strong and first)}
+            add(counts, {"dependencies": 1, "dependencies_first": first, "edges": {languages[path]: mine}})
+    return documents, counts

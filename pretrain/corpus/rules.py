@@ -1,36 +1,91 @@
-"""The rule filter of DeepSeek-Coder's paper (section 2.1): cheap rules about a file's text that dropped two thirds.
+"""The rule filter: cheap rules about a file's name and text, which dropped two thirds of what DeepSeek crawled.
 
-The rules come from StarCoder's filter, with two differences that are easy to miss: the 25% are letters, not letters and
-digits, and the lower bound for JSON and YAML is 50 characters, as in both papers, not 100 as in StarCoder's code.
+The numbers are in presets/*.toml, each with its source: `deepseek` is the text of its paper, `starcoder` the table from
+which those rules come, by extension. `[filter] preset` chooses one, and every other key of [filter] overrides it.
 A line's length does not count its newline. The last newline of a file does not begin another line.
 """
 
 import html
 import re
 import string
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from .stage import DROPPED, FILES, Result, Shard, read_rows, tally
+from .stage import DROPPED, FILES, Result, Shard, read_rows, settings_of, tally
+
+_PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """All numbers: paper, section 2.1 "GitHub data crawling and filtering". Lengths are in characters."""
+    """The thresholds; the defaults are those of presets/deepseek.toml. Lengths are in characters."""
 
-    mean_line_length: float = 100.0  # a file with a higher mean is dropped
-    longest_line: int = 1000  # and so is one with a longer line
+    preset: str = "deepseek"
+    mean_line_length: float = 100.0  # a file with a higher mean is dropped; 0: no such rule
+    longest_line: int = 1000  # and so is one with a longer line; 0: no such rule
     alphabetic_share: float = 0.25  # fewer letters among all characters, white space included: dropped
+    alphanumeric_share: float = 0.0  # fewer letters and digits: dropped
     xml_head: int = 100  # `<?xml version=` within this many characters: dropped, unless XSLT
     html_text_share: float = 0.20  # HTML with less visible text than this share of the file: dropped
     html_text_length: int = 100  # and so is HTML with less visible text than this
     data_shortest: int = 50  # JSON and YAML outside of these two lengths: dropped
     data_longest: int = 5000
+    included: tuple[str, ...] = ()  # the only extensions that stay; none: all stay
+    excluded: tuple[str, ...] = ()  # extensions that go
+
+
+@dataclass(frozen=True)
+class Filter:
+    """The rules, and those of single extensions where they differ."""
+
+    rules: Rules
+    exceptions: dict[str, dict[str, Any]]  # extension -> thresholds of its own
+
+    def of(self, path: str) -> Rules:
+        """The rules of a file, by its extension."""
+        extension = extension_of(path)
+        return replace(self.rules, **self.exceptions[extension]) if extension in self.exceptions else self.rules
+
+
+def extension_of(path: str) -> str:
+    """In lower case and without the dot; of a name without one "", or for a Dockerfile or Makefile its name."""
+    name = path.rsplit("/", 1)[-1].lower()
+    stem, dot, extension = name.rpartition(".")
+    return extension if stem and dot else name if name in ("dockerfile", "makefile") else ""
+
+
+def filter_of(values: Any) -> Filter:
+    """The section [filter] of a configuration: a preset, and what overrides it everywhere.
+
+    Raises ValueError for a preset that does not exist, an unknown key or a value of no use.
+    """
+    given = settings_of(Rules, "filter", values)
+    names = sorted(path.stem for path in _PRESETS.glob("*.toml"))
+    if given.preset not in names:
+        raise ValueError(f"preset in [filter] is {given.preset!r}; it must be one of {', '.join(names)}")
+    table = dict(_preset(given.preset))
+    exceptions: dict[str, dict[str, Any]] = {}
+    for row in table.pop("exceptions", []):
+        own = {key: value for key, value in row.items() if key != "extensions" and key not in values}
+        for extension in row["extensions"]:
+            exceptions.setdefault(extension, {}).update(own)
+    overrides = {field.name: getattr(given, field.name) for field in fields(Rules) if field.name in values}
+    return Filter(replace(settings_of(Rules, "filter", table), **({"preset": given.preset} | overrides)), exceptions)
+
+
+@cache
+def _preset(name: str) -> Mapping[str, Any]:
+    return tomllib.loads((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 _NOT_ASCII_LETTERS = bytes(c for c in range(128) if chr(c) not in string.ascii_letters)
+_NOT_ASCII_ALPHANUMERIC = bytes(c for c in range(128) if chr(c) not in string.ascii_letters + string.digits)
 
 
 def drop_reason(text: str, language: str, rules: Rules) -> str | None:
@@ -38,10 +93,12 @@ def drop_reason(text: str, language: str, rules: Rules) -> str | None:
     if not text.strip():
         return "empty"  # not in the paper: all its shares are 0 / 0 here
     lines = text.removesuffix("\n").split("\n")
-    if sum(map(len, lines)) > rules.mean_line_length * len(lines):
+    if rules.mean_line_length and sum(map(len, lines)) > rules.mean_line_length * len(lines):
         return "mean line length"
-    if max(map(len, lines)) > rules.longest_line:
+    if rules.longest_line and max(map(len, lines)) > rules.longest_line:
         return "longest line"
+    if rules.alphanumeric_share and _alphanumeric(text) < rules.alphanumeric_share * len(text):
+        return "alphanumeric share"
     if _letters(text) < rules.alphabetic_share * len(text):
         return "alphabetic share"
     if language != "XSLT" and "<?xml version=" in text[: rules.xml_head]:
@@ -61,6 +118,12 @@ def _letters(text: str) -> int:
     return sum(map(str.isalpha, text))
 
 
+def _alphanumeric(text: str) -> int:
+    if text.isascii():
+        return len(text.encode().translate(None, _NOT_ASCII_ALPHANUMERIC))
+    return sum(map(str.isalnum, text))
+
+
 # Comments, scripts and styles with their content, tags. Python's own HTML parser takes minutes for 100 kB of `<a <a`;
 # here whatever is not closed reaches to the end, and nothing is read twice.
 _INVISIBLE = re.compile(
@@ -76,10 +139,18 @@ def visible_text(page: str) -> str:
     return " ".join(html.unescape(_INVISIBLE.sub(" ", page)).split())
 
 
-def filter_shard(out: Path, shard: Shard, rules: Rules) -> Result:
+def name_reason(path: str, rules: Rules) -> str | None:
+    """Why a file is dropped for its extension; None when it is not."""
+    extension = extension_of(path)
+    listed = extension in rules.included or extension in ("dockerfile", "makefile")
+    return "extension" if (rules.included and not listed) or extension in rules.excluded else None
+
+
+def filter_shard(out: Path, shard: Shard, settings: Filter) -> Result:
     kept, dropped = [], []
     for row in read_rows(out / shard.inputs[0]):
-        reason = drop_reason(row["text"], row["language"], rules)
+        rules = settings.of(row["path"])
+        reason = name_reason(row["path"], rules) or drop_reason(row["text"], row["language"], rules)
         if reason is None:
             kept.append(row)
         else:

@@ -2,30 +2,23 @@
 
 A folder with .git is a repository. In a folder without, every folder below that has .git is one, and what remains
 around them is one more. A list (.jsonl or .csv) has one repository in each row, under `url` or `path` (counted from the
-list's own folder); its other columns, say stars and licence, are kept in the crawl's manifest.
+list's own folder); of its other columns `stars`, `forks`, `licence` (or `license`), `created` and `commit` are read.
 """
 
 import csv
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .vendored import VENDORED
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 LISTS = (".jsonl", ".csv")
 
 _URL = re.compile(r"(https?|ssh|file)://.+|[\w.-]+@[\w.-]+:.+")  # not git's `ext::`, which runs commands
-
-# Folders that hold other people's code or a program's output, wherever they stand.
-# fmt: off
-VENDORED = frozenset((
-    "node_modules", "bower_components", "vendor", "vendored", "third_party", "thirdparty", "third-party",
-    "site-packages", "dist-packages", "__pycache__", ".venv", "venv", ".tox", ".nox", ".eggs",
-    ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints",
-))
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,12 @@ class Repository:
     name: str  # unique in a corpus
     kind: str  # "folder", "git" or "archive"
     location: str  # an absolute path, or the URL
-    about: dict[str, Any] = field(default_factory=dict)  # the other columns of a list
+    # What a list says of it, None where it is silent. They choose repositories, and the one that keeps a duplicate.
+    stars: int | None = None
+    forks: int | None = None
+    licence: str | None = None  # an SPDX expression
+    created: str | None = None  # 2023-01-31, with or without a time behind it
+    commit: str | None = None  # its id in hexadecimal digits: the state to take, of a git repository
 
 
 def find(sources: list[str], out: Path) -> list[Repository]:
@@ -55,14 +53,13 @@ def find(sources: list[str], out: Path) -> list[Repository]:
         while name in named:
             number += 1
             name = f"{repository.name}~{number}"
-        named[name] = Repository(name, repository.kind, repository.location, repository.about)
+        named[name] = replace(repository, name=name)
     return [named[name] for name in sorted(named)]
 
 
-def _of_one(source: str, out: Path, about: dict[str, Any] | None = None) -> list[Repository]:
-    about = about or {}
+def _of_one(source: str, out: Path) -> list[Repository]:
     if _URL.fullmatch(source):
-        return [Repository(_url_name(source), "git", source, about)]
+        return [Repository(_url_name(source), "git", source)]
     if "://" in source:
         raise ValueError(
             f"{source}: not a URL that git clones here; give one with https://, ssh://, file:// or git@host:"
@@ -74,10 +71,10 @@ def _of_one(source: str, out: Path, about: dict[str, Any] | None = None) -> list
         )
     path = path.resolve()
     if path.is_dir():
-        return _of_folder(path, out, about)
+        return _of_folder(path, out)
     for suffix in ARCHIVES:
         if path.name.lower().endswith(suffix):
-            return [Repository(path.name[: -len(suffix)], "archive", str(path), about)]
+            return [Repository(path.name[: -len(suffix)], "archive", str(path))]
     raise ValueError(
         f"{source}: not a folder, a git URL or an archive ({', '.join(ARCHIVES)}); pack it, or name its folder"
     )
@@ -89,15 +86,23 @@ def _url_name(url: str) -> str:
     return parts[-1] if url.startswith("file://") else "/".join(parts[-2:])
 
 
-def _of_folder(root: Path, out: Path, about: dict[str, Any]) -> list[Repository]:
+def _of_folder(root: Path, out: Path) -> list[Repository]:
     if is_repository(root):
-        return [Repository(root.name, "folder", str(root), about)]
-    found = [Repository(root.name, "folder", str(root), about)]
-    for folder, names, _ in os.walk(root):
-        names[:] = sorted(name for name in names if name not in VENDORED and Path(folder, name) != out)
-        if is_repository(Path(folder)):
-            names.clear()
-            found.append(Repository(Path(folder).relative_to(root).as_posix(), "folder", folder, about))
+        return [Repository(root.name, "folder", str(root))]
+    found = [Repository(root.name, "folder", str(root))]
+    folders = [str(root)]
+    while folders:  # os.walk calls itself before Python 3.12, and folders may be nested more deeply than calls
+        try:
+            below = [entry.path for entry in os.scandir(folders.pop()) if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue  # the crawl records it
+        for folder in sorted(below):
+            if Path(folder).name in VENDORED or Path(folder) == out:
+                continue
+            if is_repository(Path(folder)):
+                found.append(Repository(Path(folder).relative_to(root).as_posix(), "folder", folder))
+            else:
+                folders.append(folder)
     return found
 
 
@@ -125,12 +130,48 @@ def _of_list(path: Path, out: Path) -> list[Repository]:
                     raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object per line") from error
     found = []
     for number, row in rows:
-        about = dict(row) if isinstance(row, dict) else {}
-        url, file = about.pop("url", None), about.pop("path", None)
-        if not (isinstance(url, str) and url) and not (isinstance(file, str) and file):
-            raise ValueError(f"{path}, line {number}: names no repository; give it a `url` or a `path`")
         try:
-            found += _of_one(url or str(path.parent / Path(file).expanduser()), out, about)
+            found += _of_row(row if isinstance(row, dict) else {}, path.parent, out)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"{path}, line {number}: {error}") from None
     return found
+
+
+def _of_row(row: dict[str, Any], folder: Path, out: Path) -> list[Repository]:
+    url, file = row.get("url"), row.get("path")
+    if not (isinstance(url, str) and url) and not (isinstance(file, str) and file):
+        raise ValueError("names no repository; give it a `url` or a `path`")
+    facts: dict[str, Any] = {name: _count(row.get(name), name) for name in ("stars", "forks")}
+    licence = row.get("licence") or row.get("license")
+    for name, value, form in (
+        ("licence", licence, r"[\w.+() -]+"),
+        ("created", row.get("created"), r"\d{4}-\d\d-\d\d.*"),
+        ("commit", row.get("commit"), r"[0-9a-fA-F]{7,64}"),
+    ):
+        if value and not (isinstance(value, str) and re.fullmatch(form, value)):
+            raise ValueError(f"its {name} is {value!r}; write it like {_EXAMPLES[name]}, or leave it out")
+        facts[name] = value or None
+    found = _of_one(url or str(folder / Path(str(file)).expanduser()), out)
+    if facts["commit"]:
+        found = [_at_commit(repository) for repository in found]
+    return [replace(repository, **facts) for repository in found]
+
+
+_EXAMPLES = {"licence": "Apache-2.0", "created": "2023-01-31", "commit": "6d43fb980f9fee3c892a914eda09951f772ad10d"}
+
+
+def _count(value: Any, name: str) -> int | None:
+    if value in (None, ""):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():
+        raise ValueError(f"its {name} are {value!r}; write a whole number, or leave it out")
+    return int(value)
+
+
+def _at_commit(repository: Repository) -> Repository:
+    """A folder at a commit is a clone of it: its work tree may hold anything."""
+    if repository.kind == "folder" and is_repository(Path(repository.location)):
+        return replace(repository, kind="git", location=Path(repository.location).as_uri())
+    if repository.kind != "git":
+        raise ValueError(f"{repository.location} has no commits; leave `commit` out")
+    return repository

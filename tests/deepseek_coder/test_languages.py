@@ -1,9 +1,11 @@
 """Languages by file name; pygments' own file patterns are the oracle where it knows a language."""
 
 import pytest
-from pygments.lexers import get_all_lexers
+from pygments.lexers import get_all_lexers, get_lexer_by_name
+from pygments.token import Comment
+from pygments.util import ClassNotFound
 
-from deepseek_coder.languages import LANGUAGES, language_of
+from deepseek_coder.languages import LANGUAGES, comment_line, language_of
 
 # The paper's 87, as printed there.
 PAPER = """Ada, Agda, Alloy, ANTLR, AppleScript, Assembly, Augeas, AWK, Batchfile, Bluespec, C, C#, C++, Clojure, CMake,
@@ -85,6 +87,66 @@ def test_pygments_agrees():
             assert ours.name in names or pattern == "*.pl", (pattern, ours.name, names)
     for pattern in ("*.py", "*.cpp", "*.rs", "*.f90", "*.adb", "CMakeLists.txt", "Dockerfile"):
         assert claims[pattern] == {language_of(pattern.replace("*", "x")).name}
+
+
+# Languages whose examples carry a name that we give to another language (languages.py says why), and dialects.
+SHARED = {
+    "Assembly": {"ca65 assembler"},
+    "Clojure": {"ClojureScript"},
+    "Common Lisp": {"NewLisp"},
+    "JavaScript": {"JSX"},
+    "Lean": {"Lean4"},
+    "MATLAB": {"Objective-C"},
+    "Perl": {"cplint", "TADS 3"},
+    "PHP": {"HTML+PHP"},
+    "SQL": {"SQL+Jinja", "Transact-SQL"},
+    "TeX": {"OpenEdge ABL"},
+    "TypeScript": {"TSX"},
+    "Verilog": {"Rocq Prover"},
+    "Visual Basic": {"CBM BASIC V2", "QBasic"},
+}
+WITHOUT_EXAMPLE = {"Augeas", "Bluespec", "Jupyter Notebook", "Literate CoffeeScript", "RMarkdown", "SAS", "Stata"}
+WITHOUT_EXAMPLE |= {"Tcl", "Yacc"}
+
+
+@pytest.mark.network
+def test_pygments_example_files(source):
+    """Every example file has a language of ours if its folder is one, and no other."""
+    seen = {}
+    for path in source("pygments==2.21.0"):
+        _, inside, example = path.partition("tests/examplefiles/")
+        alias, slash, name = example.partition("/")
+        if not inside or not slash or name.endswith(".output"):
+            continue
+        try:
+            lexer = get_lexer_by_name(alias).name
+        except ClassNotFound:
+            continue
+        language = language_of(name)
+        if language is not None:
+            known = {language.name, *LEXERS.get(language.name, ()), *SHARED.get(language.name, ())}
+            assert lexer in known, path
+            seen.setdefault(language.name, set()).add(lexer)
+    assert {language.name for language in LANGUAGES} - seen.keys() == WITHOUT_EXAMPLE
+    assert {name: lexers & SHARED[name] for name, lexers in seen.items() if name in SHARED} == SHARED
+
+
+# Their lexers have no comments at all, take text outside of code blocks for the language, or `<%--` for Java.
+COMMENT_UNKNOWN_TO_PYGMENTS = {"Java Server Pages", "JSON", "Literate Agda", "Literate Haskell", "Markdown"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
+def test_the_comment_sign_is_a_comment(language):
+    path = f"dir/name{language.extensions[0]}"
+    line = comment_line(path, path)
+    assert path in line
+    names = {name: aliases[0] for name, aliases, *_ in get_all_lexers() if aliases}
+    if language.name in UNKNOWN_TO_PYGMENTS | COMMENT_UNKNOWN_TO_PYGMENTS:
+        return
+    lexer = get_lexer_by_name(names[LEXERS.get(language.name, (language.name,))[0]])
+    start = "<?php\n" if language.name == "PHP" else ""
+    tokens = [(kind, text) for kind, text in lexer.get_tokens(f"{start}{line}\n") if text.strip() and text != start]
+    assert all(kind in Comment for kind, text in tokens), tokens
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,28 @@ def test_without_the_extra():
 
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "latin.py").write_bytes(b"x = '\xe4'\n" * 50)
+    (tmp_path / "repo" / "binary.py").write_bytes(b"x = '\0'\n" * 50)
     refused(run("corpus", tmp_path / "repo", "--out", tmp_path / "corpus"), "nothing is left")
+
+
+def test_a_part_that_fails_and_the_report(library, tmp_path):
+    (tmp_path / "noise.zip").write_bytes(b"noise")
+    (tmp_path / "c.toml").write_text("[crawl]\nshard_bytes = 0\n[run]\nworkers = 2\n")
+    command = ("corpus", library / "json", library / "wsgiref", tmp_path / "noise.zip", "--out", tmp_path / "corpus")
+    result = run(*command, "--config", tmp_path / "c.toml", "--executor", "local")
+    refused(result, "noise.zip", "the corpus holds the others, and the same command tries these again")
+    assert "Python" in result.stdout
+    assert "noise.zip" in (tmp_path / "corpus" / "report.md").read_text()
+    (tmp_path / "noise.zip").unlink()
+    done(*command[:3], *command[4:], "--config", tmp_path / "c.toml")
+    assert "noise.zip" not in (tmp_path / "corpus" / "report.md").read_text()
+    done(
+        "tokenizer", tmp_path / "corpus", "--vocab-size", 600, "--out", tmp_path / "tokenizer", "--sample-bytes", 50_000
+    )
+    command = ("tokens", tmp_path / "corpus", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "tokens")
+    done(*command, "--workers", 2)
+    assert "<｜fim▁hole｜>" in (tmp_path / "tokens" / "report.md").read_text()
+    refused(run(*command, "--executor", "cluster"), "unknown executor 'cluster'")
 
 
 def test_an_archive_that_climbs_out(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from deepseek_coder import repository
 from pretrain import corpus
-from pretrain.corpus.order import repository_documents
+from pretrain.corpus.order import Settings, repository_documents
 
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (asyncio, email, importlib, json, pygments)}
 
@@ -34,11 +34,11 @@ def rows(out, stage, kind="part"):
 
 
 def tables(out):
-    """The bytes of everything a build wrote, manifests included."""
+    """The bytes of everything a build wrote, manifests included, but for the records (seconds) and the report."""
     return {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(("shard-", "report."))
     }
 
 
@@ -93,10 +93,10 @@ def test_the_same_sources_give_the_same_bytes(real, tmp_path):
     corpus.build(list(reversed(sources)), tmp_path / "again", workers=2, config=config, progress=False)
     expected = {name: digest for name, digest in tables(out).items() if name != "manifest.json"}
     assert {name: digest for name, digest in tables(tmp_path / "again").items() if name != "manifest.json"} == expected
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")}
     manifest = (out / "manifest.json").read_bytes()
     corpus.build(sources, out, progress=False)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")} == before
     assert (out / "manifest.json").read_bytes() == manifest
 
 
@@ -148,28 +148,47 @@ def test_documents_of_a_repository():
         return {"path": path, "language": language, "text": text}
 
     kept = [
-        row("lib/core.c", "C", '#include "core.h"\n'),
+        row("lib/core.c", "C", '#include "core.h"\n#include "gone.h"\n'),
         row("lib/core.h", "C", "int core;\n"),
         row("p/a.py", "Python", "import json\nfrom . import b, gone\n"),
         row("p/b.py", "Python", "B = 1"),
+        row("p/use.cc", "C++", '#include "core.h"\n'),
+        row("web/a.ts", "TypeScript", "import { b } from 'shared/b'\n"),
+        row("web/b.ts", "TypeScript", "export const b = 1\n"),
         row("z.py", "Python", "Z = 1\n"),
     ]
-    documents, counts = repository_documents("r", kept, ["p/__init__.py", "p/json.py", "p/gone.py"])
+    gone = dict.fromkeys(["p/__init__.py", "p/json.py", "p/gone.py", "lib/gone.h"], "")
+    gone["web/package.json"] = '{"name": "shared"}'
+    documents, counts = repository_documents("r", kept, gone, Settings())
     assert [(document.language, document.paths) for document in documents] == [
-        ("C", ["lib/core.c"]),
-        ("C", ["lib/core.h"]),
+        ("C", ["lib/core.h", "lib/core.c", "p/use.cc"]),
         ("Python", ["p/b.py", "p/a.py"]),
+        ("TypeScript", ["web/b.ts", "web/a.ts"]),
         ("Python", ["z.py"]),
     ]
-    assert documents[2].texts == ["#p/b.py\nB = 1\n\n", "#p/a.py\nimport json\nfrom . import b, gone\n"]
+    assert documents[1].texts == ["#p/b.py\nB = 1\n\n", "#p/a.py\nimport json\nfrom . import b, gone\n"]
+    assert documents[0].texts[0] == "//lib/core.h\nint core;\n\n"
     # p is a package although its __init__.py was dropped, so `import json` is not p/json.py.
-    assert counts == {"dependencies": 1, "dependencies_first": 1, "dependencies_dropped": 1}
+    one = {"all": 1, "first": 1, "strong": 1, "strong_first": 1}
+    assert counts == {
+        "dependencies": 4,
+        "dependencies_first": 4,
+        "dependencies_dropped": 2,
+        "edges": {"C": one, "C++": one, "Python": one, "TypeScript": one},
+    }
+    documents, counts = repository_documents("r", kept, gone, Settings(order="path", path_comment="hash"))
+    assert [document.paths for document in documents][:2] == [
+        ["lib/core.c", "lib/core.h", "p/use.cc"],
+        ["p/a.py", "p/b.py"],
+    ]
+    assert documents[0].texts[0].startswith("#lib/core.c\n")
+    assert (counts["dependencies"], counts["dependencies_first"]) == (4, 1)
 
 
 def test_the_filter_records_its_reasons(tmp_path):
     write(
         tmp_path / "r",
-        {"a.py": "one = 1\n", "b.py": "1234567\n", "c.json": '{"name": "b"}', "d.py": "\n", "e.py": b"\xff"},
+        {"a.py": "one = 1\n", "b.py": "1234567\n", "c.json": '{"name": "b"}', "d.py": "\n", "e.py": b"x = 1\0"},
     )
     manifest = corpus.build([str(tmp_path / "r")], tmp_path / "out", progress=False)
     assert rows(tmp_path / "out", "filter", "dropped") == [
@@ -177,8 +196,8 @@ def test_the_filter_records_its_reasons(tmp_path):
         {"repo": "r", "path": "c.json", "reason": "JSON or YAML length"},
         {"repo": "r", "path": "d.py", "reason": "empty"},
     ]
-    assert rows(tmp_path / "out", "crawl", "dropped") == [{"repo": "r", "path": "e.py", "reason": "not UTF-8"}]
-    assert manifest["counts"]["crawl"]["dropped"] == {"not UTF-8": 1}
+    assert rows(tmp_path / "out", "crawl", "dropped") == [{"repo": "r", "path": "e.py", "reason": "binary"}]
+    assert manifest["counts"]["crawl"]["dropped"] == {"binary": 1}
     assert manifest["counts"]["filter"] == {
         "files_in": 4,
         "files": 1,
@@ -189,10 +208,10 @@ def test_the_filter_records_its_reasons(tmp_path):
 
 
 def test_an_empty_corpus_says_what_was_dropped_for_what(tmp_path):
-    write(tmp_path / "r", {"a.py": "1 = 1\n", "b.txt": "x", "c.txt": "x", "d.py": b"\xff"})
+    write(tmp_path / "r", {"a.py": "1 = 1\n", "b.txt": "x", "c.txt": "x", "d.py": b"\0"})
     with pytest.raises(ValueError) as error:
         corpus.build([str(tmp_path / "r")], tmp_path / "out", progress=False)
-    assert "4 files found, dropped for crawl: unknown language 2, not UTF-8 1; filter: alphabetic share 1" in str(
+    assert "4 files found, dropped for crawl: unknown language 2, binary 1; filter: alphabetic share 1" in str(
         error.value
     )
     assert "\n" not in str(error.value)
@@ -208,8 +227,8 @@ def test_configuration(tmp_path):
     (tmp_path / "c.toml").write_text("[filter]\nmean_line_length = 101\n[crawl]\nmax_file_bytes = 101\n")
     config = corpus.load_config(tmp_path / "c.toml")
     manifest = corpus.build([str(tmp_path / "r")], tmp_path / "out", config=config, progress=False)
-    assert manifest["config"]["filter"]["mean_line_length"] == 101
-    assert manifest["config"]["filter"]["longest_line"] == 1000
+    assert manifest["config"]["filter"]["rules"]["mean_line_length"] == 101
+    assert manifest["config"]["filter"]["rules"]["longest_line"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -217,15 +236,25 @@ def test_configuration(tmp_path):
     [
         (
             "[filter]\nmean_line = 1",
-            r"c\.toml: unknown key 'mean_line' in \[filter\].*known: mean_line_length, longest_line",
+            r"c\.toml: unknown key 'mean_line' in \[filter\].*known: preset, mean_line_length, longest_line",
         ),
-        ("[filters]", r"unknown section 'filters' in the corpus configuration; known: crawl, filter"),
+        ("[filter]\npreset = 'other'", r"preset in \[filter\] is 'other'; it must be one of deepseek, starcoder"),
+        (
+            "[filters]",
+            r"unknown section 'filters' in the corpus configuration; known: crawl, filter, documents, dedup, quality",
+        ),
         ("filter = 3", r"\[filter\] of the corpus configuration is 3; it must be a table"),
         ("[filter]\nlongest_line = 1.5", r"longest_line in \[filter\].* is 1\.5; it must be a whole number >= 0"),
         ("[filter]\nalphabetic_share = -0.1", r"alphabetic_share .* is -0\.1; it must be a number >= 0"),
         ("[filter]\nalphabetic_share = nan", r"alphabetic_share .* is nan"),
         ("[filter]\nalphabetic_share = true", r"alphabetic_share .* is True"),
         ("[crawl]\nclone_seconds = 'x'", r"clone_seconds .* is 'x'"),
+        (
+            "[documents]\norder = 'best'",
+            r"order in \[documents\].* is 'best'; it must be one of feedback, paper, path, random",
+        ),
+        ("[documents]\npath_comment = ''", r"path_comment in \[documents\].* must be one of language, hash"),
+        ("[documents]\nseed = -1", r"seed in \[documents\].* is -1"),
         ("[crawl", r"c\.toml: "),
     ],
 )
@@ -255,7 +284,7 @@ def test_documents_of_what_is_no_corpus(tmp_path):
     write(tmp_path / "r", {"a.py": "one = 1\n"})
     out = tmp_path / "out"
     corpus.build([str(tmp_path / "r")], out, progress=False)
-    part = out / "documents" / "part-00000.parquet"
+    part = out / "quality" / "part-00000.parquet"
     content = part.read_bytes()
     part.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"part-00000\.parquet: damaged"):
@@ -269,3 +298,11 @@ def test_documents_of_what_is_no_corpus(tmp_path):
         (out / "manifest.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json: not a corpus manifest of format 1"):
             corpus.documents(out)
+
+
+def test_the_configuration_of_the_readme(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "c.toml").write_text(readme.split("```toml\n", 1)[1].split("```", 1)[0])
+    config = corpus.load_config(tmp_path / "c.toml")
+    assert sorted(config) == ["crawl", "dedup", "filter", "quality"]
+    assert config["filter"]["preset"] == "starcoder"

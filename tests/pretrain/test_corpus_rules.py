@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.corpus.rules import Rules, _letters, drop_reason, visible_text
+from pretrain.corpus.rules import Rules, _alphanumeric, _letters, drop_reason, filter_of, name_reason, visible_text
 
 RULES = Rules()
 DATA = "\n".join(["abcdefghi"] * 600)
@@ -78,6 +78,7 @@ def test_thresholds_can_be_changed():
 @given(st.text())
 def test_letters_are_counted_alike_with_and_without_the_ascii_path(text):
     assert _letters(text) == sum(character.isalpha() for character in text)
+    assert _alphanumeric(text) == sum(character.isalnum() for character in text)
 
 
 def test_visible_text():
@@ -146,3 +147,62 @@ def test_hand_written_python_passes():
     files = sorted(Path(asyncio.__file__).parent.glob("*.py"))
     assert len(files) > 20
     assert all(drop_reason(path.read_text(encoding="utf-8"), "Python", RULES) is None for path in files)
+
+
+def test_the_preset_deepseek_is_the_default():
+    assert filter_of({}).rules == filter_of({"preset": "deepseek"}).rules == Rules()
+    assert filter_of({}).exceptions == {}
+    assert filter_of({"longest_line": 7}).of("a.py") == Rules(longest_line=7)
+
+
+STARCODER = filter_of({"preset": "starcoder"})
+LONG = "x" * 1001 + "\n" + "xy\n" * 50
+
+
+@pytest.mark.parametrize(
+    "path, text, reason",
+    [
+        ("a.py", LONG, "longest line"),
+        ("a.md", LONG, None),
+        ("a.sql", LONG, None),
+        ("a.pkb", LONG, "longest line"),
+        ("a.fsh", "x" * 501 + "\n" + "xy\n" * 50, "longest line"),
+        ("a.vert", "x" * 501 + "\n" + "xy\n" * 50, None),
+        ("a.py", "x" * 101, "mean line length"),
+        ("a.tex", "x" * 101, None),
+        ("a.py", "a111", None),  # digits count
+        ("a.py", "1234....", None),
+        ("a.py", "1........", "alphanumeric share"),
+        ("a.sv", "1234....", "alphabetic share"),
+        ("a.svh", "1234....", None),
+        ("a.sas", "1........", None),
+        ("a.JSON", "ab" + "12" * 40, "alphabetic share"),
+        ("a.yml", "abc" * 20 + "12" * 20, None),
+        ("a.rktd", "x = 1", "extension"),
+        ("a.rkt", "x = 1", "extension"),  # its row in the table has no numbers
+        ("a.ipynb", "x = 1", "extension"),
+        ("Dockerfile", "FROM scratch", None),
+        ("sub/Makefile", "all:\n", None),
+        ("a.xsl", "<?xml version='1.0'?>\n<a>words</a>", None),
+    ],
+)
+def test_the_table_of_starcoder(path, text, reason):
+    language = {"xsl": "XSLT", "JSON": "JSON", "yml": "YAML"}.get(path.rsplit(".", 1)[-1], "Python")
+    rules = STARCODER.of(path)
+    assert (name_reason(path, rules) or drop_reason(text, language, rules)) == reason
+
+
+def test_an_override_counts_for_every_extension():
+    loose = filter_of({"preset": "starcoder", "longest_line": 2000, "alphabetic_share": 0})
+    assert loose.of("a.md").longest_line == loose.of("a.py").longest_line == 2000
+    assert loose.of("a.json").alphabetic_share == 0
+    assert loose.of("a.json").mean_line_length == 0
+
+
+def test_the_size_of_the_table():
+    """267 rows are included, and JSON and YAML. Nine name no extension of their own: two have none (Dockerfile,
+    Makefile), `stan` and `cmake` come twice, and five are single files (.1, .3, .mustache, .txt, ._coffee)."""
+    rules = STARCODER.rules
+    assert not set(rules.included) & set(rules.excluded)
+    assert set(STARCODER.exceptions) <= set(rules.included)
+    assert len(set(rules.included)) == len(rules.included) == 267 + 3 - 9

@@ -31,7 +31,7 @@ def test_a_refused_write_names_the_file_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "arguments, file",
     [
-        (("tokens", "corpus", "--tokenizer", "tokenizer", "--out", "{out}/tokens"), "tokens/train.ids"),
+        (("tokens", "corpus", "--tokenizer", "tokenizer", "--out", "{out}/tokens"), "tokens/tokenizer"),
         (("tokenizer", "corpus", "--vocab-size", "1024", "--out", "{out}/tokenizer"), "out/tokenizer"),
         (("plot", "{out}/run"), "run/loss.png"),
     ],

@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.packing import best_fit, pack
+from pretrain.packing import best_fit, concat, pack
 
 
 @given(lengths=st.lists(st.integers(1, 100), max_size=200), most=st.integers(1, 20))
@@ -37,3 +39,20 @@ def test_pack_follows_the_order_in_blocks(monkeypatch):
     items, ends = pack(np.array([50, 60, 50, 40]), np.array([0, 2, 1, 3]), 100, 8)
     assert items.tolist() == [0, 2, 1, 3]
     assert ends.tolist() == [2, 4]
+
+
+@given(lengths=st.lists(st.integers(1, 60), max_size=60), capacity=st.integers(1, 50), random=st.randoms())
+def test_a_row_is_cut_every_capacity_tokens_and_loses_nothing(lengths, capacity, random):
+    array = np.array(lengths, dtype=np.int64)
+    order = np.array(random.sample(range(len(lengths)), len(lengths)), dtype=np.int64)
+    pieces = concat(array, order, capacity)
+    row = [(d, t) for d in order.tolist() for t in range(lengths[d])]
+    parts = [
+        [(d, t) for t in range(begin, stop)]
+        for d, begin, stop in zip(pieces.items.tolist(), pieces.begins.tolist(), pieces.stops.tolist(), strict=True)
+    ]
+    assert all(parts)
+    assert [token for part in parts for token in part] == row
+    starts = [0, *pieces.ends.tolist()]
+    windows = [[token for part in parts[a:b] for token in part] for a, b in itertools.pairwise(starts)]
+    assert windows == [row[at : at + capacity] for at in range(0, len(row), capacity)]
