@@ -88,7 +88,7 @@ def _convert(
 
     size = parse_size(max_shard_size)
     with open_checkpoint(source) as checkpoint:
-        if source.resolve().is_relative_to(destination.resolve()):
+        if any(path.resolve().is_relative_to(destination.resolve()) for path in (source, merge_adapter) if path):
             raise ValueError(f"{destination}: holds the source itself; choose another destination")
         if not checkpoint.shapes:
             if to_gguf or merge_adapter:

@@ -29,7 +29,14 @@ _WHOLE = {
 }
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings of PEFT that change the arithmetic in a way that is not computed here.
-_REFUSED = ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices")
+_REFUSED = (
+    *("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices"),
+    *("layer_replication", "target_parameters", "alora_invocation_tokens", "monteclora_config", "use_bdlora"),
+    *("arrow_config", "kasa_config"),
+)
+# Beginnings that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of it,
+# which PEFT computes again when it loads the adapter.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Pair(NamedTuple):
@@ -209,7 +216,7 @@ def write_adapter(
 def describe_adapter(folder: Path) -> list[tuple[str, str]]:
     """Rows of `--inspect`: what, value."""
     settings, missing = _settings(folder), "nothing"
-    targets = settings.get("target_modules") or "unknown"
+    targets = settings.get("target_modules")
     try:
         _weights_of(folder)
     except FileNotFoundError as error:
@@ -218,7 +225,7 @@ def describe_adapter(folder: Path) -> list[tuple[str, str]]:
         ("adapter", "LoRA, merge it with --merge-adapter"),
         ("base model", str(settings.get("base_model_name_or_path") or "unknown")),
         ("rank", f"{settings['r']}, alpha {settings['lora_alpha']}"),
-        ("matrices", targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))),
+        ("matrices", ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets or "unknown")),
         ("missing", missing),
     ]
 
@@ -240,6 +247,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     for key in _REFUSED:
         if settings.get(key):
             raise ValueError(f"{file}: {key} is not supported; merge this adapter with PEFT instead")
+    beginning = settings.get("init_lora_weights")
+    if beginning not in _PLAIN_BEGINNINGS:
+        raise ValueError(
+            f"{file}: init_lora_weights {beginning!r:.80} changes the base model too, which is not supported; merge "
+            "this adapter with PEFT instead"
+        )
     if settings.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias {settings['bias']!r:.80} is not supported; only models without biases are")
     patterns = {**_patterns(settings, "rank_pattern", file), **_patterns(settings, "alpha_pattern", file)}

@@ -12,7 +12,7 @@ from typing import Any
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _REQUIRED = (*_SIZES, "max_position_embeddings", "rms_norm_eps")
-_KEPT = ("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("float32", "float16", "bfloat16")
 # Far above any model; keeps a corrupt header from asking for a billion layers.
 _MAX_LAYERS = 10_000
@@ -68,8 +68,10 @@ def normalise_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": _flag(raw, "tie_word_embeddings", source),
     }
-    config |= {key: raw[key] for key in _KEPT if raw.get(key) is not None}
+    config |= {key: raw[key] for key in _TOKEN_IDS if raw.get(key) is not None}
     check_token_ids(config, source)
+    if raw.get("initializer_range") is not None:
+        config["initializer_range"] = _positive(raw["initializer_range"], "initializer_range", source)
     dtype = raw.get("torch_dtype") or raw.get("dtype")
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
@@ -81,10 +83,12 @@ def normalise_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
 
 def check_token_ids(config: dict[str, Any], source: str) -> None:
     """ValueError for special ids, of config.json or generation_config.json, that are no ids; only EOS may be a list."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in _TOKEN_IDS:
         value = config.get(key)
         for token in value if isinstance(value, list) and key == "eos_token_id" else [value]:
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            # Old files say -1 where they mean none.
+            number = isinstance(token, int) and not isinstance(token, bool) and -1 <= token <= _MAX_SIZE
+            if token is not None and not number:
                 raise ValueError(f"{source}: {key} is {value!r:.80}; it must be a token id, correct the file")
 
 
@@ -144,7 +148,7 @@ def _size(raw: dict[str, Any], key: str, source: str) -> int:
 
 
 def _positive(value: object, what: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e30:
         raise ValueError(f"{source}: {what} is {value!r:.80}; it must be a positive number, correct the file")
     return float(value)
 

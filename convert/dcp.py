@@ -61,7 +61,7 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         _refuse_huge_numbers(content)
         metadata = _Unpickler(io.BytesIO(content)).load()
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         # A damaged pickle makes its classes fail in any way.
         raise ValueError(f"{file}: damaged or refused ({str(error)[:160] or type(error).__name__})") from None
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
@@ -139,10 +139,11 @@ class TrainingCheckpoint(Checkpoint):
             raise ValueError(f"{where} is missing; config.json and checkpoint belong to different models")
         if entry.properties.dtype not in STORED:
             raise ValueError(f"{where} is of an unknown type; only float32, float16 and bfloat16 are supported")
-        if tuple(entry.size) != shape:
+        size = torch.Size(entry.size)
+        if size != shape:
             raise ValueError(
-                f"{where} has shape {tuple(entry.size)!s:.80}, but config.json asks for {shape}; they belong to "
-                "different models"
+                f"{where} has shape {tuple(size)!s:.80}, but config.json asks for {shape}; "
+                "they belong to different models"
             )
         shards = []
         for chunk in entry.chunks:
@@ -157,7 +158,7 @@ class TrainingCheckpoint(Checkpoint):
             if not re.fullmatch(r"[^/\\:\0]{1,200}", info.relative_path):
                 raise ValueError(f"{where} points to {info.relative_path!r:.100}, which is no file of the checkpoint")
             if info.transform_descriptors:
-                raise ValueError(f"{where} is compressed ({info.transform_descriptors!r:.80}), which is not supported")
+                raise ValueError(f"{where} is compressed, which is not supported; save the checkpoint without")
             shards.append(
                 _Shard(offsets, sizes, self.source / info.relative_path, index(info.offset), index(info.length))
             )

@@ -18,8 +18,9 @@ def print_description(path: Path) -> None:
     """Print the table. Raises ValueError or FileNotFoundError when there is not even a config."""
     table = Table("", str(path), title_justify="left")
     for what, value in _describe(path):
-        table.add_row(what, value)
-    Console().print(table)
+        # Some of it comes from the file: nothing that speaks to the terminal.
+        table.add_row(what, "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in value))
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _describe(path: Path) -> list[tuple[str, str]]:

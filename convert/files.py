@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = {dtype: name for name, dtype in DTYPES.items()}
 AGAIN = "download it again"
+# Far above any model's JSON.
+_MAX_DEPTH = 50
 
 
 def open_tensors(file: Path) -> "TensorFile":
@@ -35,7 +37,13 @@ def unpickle(file: Path) -> Any:
         # A pickle protocol that the unpickler does not know gets a warning; what follows from it is an error.
         warnings.simplefilter("ignore")
         # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        mapped = zipfile.is_zipfile(file)
+        if mapped:
+            with zipfile.ZipFile(file) as archive:
+                # PyTorch compresses nothing; a small file could become any number of gigabytes.
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("compressed")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def check_tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
@@ -43,12 +51,22 @@ def check_tensors(state: Any, file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{file}: holds {type(state).__name__} instead of named tensors; use the original weights")
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str):
+            raise ValueError(f"{file}: names a tensor by {type(name).__name__}; use the original weights")
+        if not _is_plain(value):
             raise ValueError(
-                f"{file}: {name!r:.100} is {type(value).__name__} instead of a tensor; this is no plain state dict, "
-                "use the original weights"
+                f"{file}: {name!r:.100} is {type(value).__name__} instead of a plain tensor; this is no plain state "
+                "dict, use the original weights"
             )
-    return state
+    # People save parameters, too, which ask for gradients.
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor with a place in the file for every number: not sparse, and not one number that stands for billions."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 class TensorFile(ABC):
@@ -89,7 +107,7 @@ class Pickled(TensorFile):
 
     def contents(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {
-            str(name): (tuple(value.shape), STORED.get(value.dtype, str(value.dtype).removeprefix("torch.")))
+            name: (tuple(value.shape), STORED.get(value.dtype, str(value.dtype).removeprefix("torch.")))
             for name, value in self._state.items()
         }
 
@@ -138,10 +156,22 @@ def first_line(error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(raw: bytes, source: str) -> dict[str, Any]:
+    """The JSON object in `raw`; ValueError, beginning with `source`, for anything else and for absurd nesting."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: corrupt JSON ({first_line(error)}); {AGAIN}") from None
+        raise ValueError(f"{source}: corrupt JSON ({first_line(error)}); {AGAIN}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds {type(content).__name__} instead of a JSON object; {AGAIN}")
+        raise ValueError(f"{source}: holds {type(content).__name__} instead of a JSON object; {AGAIN}")
+    # What the parser just takes is too deep for whatever prints or writes it later, further down the stack.
+    level: list[Any] = [content]
+    for _ in range(_MAX_DEPTH):
+        containers = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for outer in containers for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    if level:
+        raise ValueError(f"{source}: corrupt JSON (nested more than {_MAX_DEPTH} levels deep); {AGAIN}")
     return content

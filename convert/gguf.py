@@ -254,7 +254,7 @@ def _config(metadata: dict[str, Any], stored: dict[str, Stored], source: str) ->
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{source}: architecture {architecture!r:.80} is not supported; only llama is")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{source}: is one part of a split model; join the parts with llama-gguf-split --merge")
 
     def get(key: str, default: Any = None) -> Any:
@@ -262,9 +262,10 @@ def _config(metadata: dict[str, Any], stored: dict[str, Stored], source: str) ->
 
     if get("expert_count", 0):
         raise ValueError(
-            f"{source}: a mixture of {get('expert_count')} experts is not supported; only dense models are"
+            f"{source}: a mixture of {get('expert_count')!r:.80} experts is not supported; only dense models are"
         )
-    vocab_size = get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", []))
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocab_size = get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
     if "token_embd.weight" in stored:
         vocab_size = stored["token_embd.weight"].shape[0]
     eos, end_of_turn = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
@@ -287,10 +288,11 @@ def _config(metadata: dict[str, Any], stored: dict[str, Stored], source: str) ->
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
     config = normalise_config(raw, source)
-    if get("rope.dimension_count", names.head_dim(config)) != names.head_dim(config):
+    channels = names.head_dim(config)
+    rotated = get("rope.dimension_count", channels)
+    if rotated != channels:
         raise ValueError(
-            f"{source}: rotates {get('rope.dimension_count')} of {names.head_dim(config)} channels of a head; only "
-            "rotating all is supported"
+            f"{source}: rotates {rotated!r:.80} of {channels} channels of a head; only rotating all is supported"
         )
     return config
 

@@ -7,7 +7,9 @@ tokenizer that is right for most text and wrong for some, so an unknown name, an
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
+
+from .files import parse_json
 
 _CONTROL, _USER_DEFINED, _UNUSED, _NORMAL = 3, 4, 5, 1
 # llama.cpp infills with these; its names for them are those of the OpenAI paper's prefix-suffix-middle order.
@@ -86,7 +88,7 @@ def build_tokenizer_files(metadata: dict[str, Any], source: str) -> dict[str, by
     Raises ValueError, one line beginning with `source`, for anything but byte-level BPE with known word rules.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not _is_texts(tokens) or not tokens:
         raise ValueError(f"{source}: holds no vocabulary; use the tokenizer files of the original model")
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
@@ -95,20 +97,24 @@ def build_tokenizer_files(metadata: dict[str, Any], source: str) -> dict[str, by
             "use the tokenizer files of the original model"
         )
     pre = _pre_tokenizer_name(metadata, tokens)
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"{source}: pre-tokenizer {pre!r:.80} is not known, only {', '.join(PRE_TOKENIZERS)} are; "
             "use the tokenizer files of the original model"
         )
     types = metadata.get("tokenizer.ggml.token_type")
     merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(types, list) or len(types) != len(tokens) or not isinstance(merges, list):
+    if not isinstance(types, list) or len(types) != len(tokens) or not _is_texts(merges):
         raise ValueError(f"{source}: the vocabulary lacks its token types or its merges; download it again")
     files = {
         "tokenizer.json": _tokenizer(tokens, types, merges, pre, source),
         "tokenizer_config.json": _tokenizer_config(metadata, tokens, pre, source),
     }
     return {name: _encode(content) for name, content in files.items()}
+
+
+def _is_texts(values: Any) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _pre_tokenizer_name(metadata: dict[str, Any], tokens: list[str]) -> str | None:
@@ -201,8 +207,8 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int, source: str)
     """
     if "tokenizer.json" not in files:
         raise ValueError(f"{source}: has no tokenizer.json, the only form of tokenizer that can go into a GGUF file")
-    content = _object(files["tokenizer.json"], f"{source}: tokenizer.json")
-    settings = _object(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json")
+    content = parse_json(files["tokenizer.json"], f"{source}: tokenizer.json")
+    settings = parse_json(files.get("tokenizer_config.json", b"{}"), f"{source}: tokenizer_config.json")
     where = f"{source}: tokenizer.json"
     try:
         model = content["model"]
@@ -210,9 +216,13 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int, source: str)
             raise ValueError(
                 f"{where}: model {model['type']!r:.80} cannot go into a GGUF file, only byte-level BPE can"
             )
+        if content.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+            raise ValueError(f"{where}: its normalizer has no place in a GGUF file; only tokenizers without one do")
         types = {i: (token, _NORMAL) for token, i in model["vocab"].items()}
         for added in content["added_tokens"]:
             types[added["id"]] = (added["content"], _CONTROL if added["special"] else _USER_DEFINED)
+        if not _is_texts([token for token, _ in types.values()]):
+            raise TypeError("a token that is no text")
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         pre = _name_of_rules(content["pre_tokenizer"], where)
         if any(not isinstance(i, int) or not 0 <= i < vocab_size for i in types):
@@ -242,6 +252,10 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int, source: str)
     template = template or settings.get("chat_template")
     if isinstance(template, str):
         metadata["tokenizer.chat_template"] = template
+    try:
+        "".join([*metadata["tokenizer.ggml.tokens"], *merges, metadata.get("tokenizer.chat_template", "")]).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{source}: tokenizer holds halves of characters (surrogates); download it again") from None
     return metadata
 
 
@@ -253,16 +267,6 @@ def _name_of_rules(rules: Any, where: str) -> str:
     raise ValueError(
         f"{where}: its word rules have no name in GGUF files; only those of {', '.join(PRE_TOKENIZERS)} can be written"
     )
-
-
-def _object(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: is no JSON object; download it again")
-    return content
 
 
 def _encode(content: dict[str, Any]) -> bytes:

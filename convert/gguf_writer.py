@@ -75,7 +75,9 @@ def write_gguf(
                 with writing(Path(path).resolve()):
                     writer.write_tensor_data(raw)
         finally:
-            writer.close()
+            # Closing writes what is still in the buffers.
+            with writing(Path(path).resolve()):
+                writer.close()
 
 
 def encode(name: str, tensor: torch.Tensor, config: dict[str, Any], kind: str) -> np.ndarray:
@@ -128,7 +130,7 @@ def _metadata(config: dict[str, Any], ids: dict[str, Any], path: str) -> dict[st
         )
     special = {"bos": ids.get("bos_token_id"), "padding": ids.get("pad_token_id")}
     special |= dict(zip(("eos", "eot"), ends, strict=False))
-    return metadata | {f"tokenizer.ggml.{key}_token_id": i for key, i in special.items() if i is not None}
+    return metadata | {f"tokenizer.ggml.{key}_token_id": i for key, i in special.items() if i not in (None, -1)}
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -97,8 +97,8 @@ class Consolidated(_Meta):
                     f"{path}: holds no model and model_args; give a checkpoint of llama2.c or a model folder"
                 )
             # torch.compile puts this before every name.
-            state = {str(name).removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
-            self._parts = [check_tensors(state, path)]
+            state = check_tensors(saved["model"], path)
+            self._parts = [{name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}]
         # Buffers that are computed from the config.
         computed = ("rope.freqs", "freqs_cos", "freqs_sin", "freqs_cis")
         self._parts = [{n: t for n, t in part.items() if n not in computed} for part in self._parts]

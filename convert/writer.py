@@ -6,6 +6,7 @@ progress.json of the temporary folder, and the same call goes on behind it.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,10 +33,10 @@ _UNITS |= {f"{prefix}IB": 1024 ** (i + 1) for i, prefix in enumerate("KMGT")}
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500 MB", "2GiB" or "1000000"; ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
-    if size <= 0:
-        raise ValueError(f"size {text!r} is not understood; write for example 5GB, 500MB or 2GiB")
-    return size
+    size = float(match[1]) * _UNITS[match[2] or ""] if match and (match[2] or "") in _UNITS else 0
+    if not 1 <= size < math.inf:
+        raise ValueError(f"size {text!r:.80} is not understood; write for example 5GB, 500MB or 2GiB")
+    return int(size)
 
 
 def write_folder(
@@ -214,4 +215,4 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

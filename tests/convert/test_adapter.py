@@ -64,6 +64,27 @@ def test_merges_exactly_as_peft(tmp_path: Path, adapted: Any, settings: dict[str
         assert changed == len(open_adapter(tmp_path / "adapter", base.config).pairs) > 0
 
 
+def test_what_peft_takes_out_of_the_base_model(tmp_path: Path, adapted: Any) -> None:
+    """With PiSSA the base is another matrix: PEFT's merge is not base + B A, so such an adapter must be refused."""
+    expected = dict(adapted(init_lora_weights="pissa").named_parameters())
+    file = tmp_path / "adapter" / "adapter_config.json"
+    with open_checkpoint(tmp_path / "base") as base:
+        with pytest.raises(ValueError, match="init_lora_weights 'pissa' changes the base model"):
+            open_adapter(tmp_path / "adapter", base.config)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": True}))
+        merged = Merged(base, open_adapter(tmp_path / "adapter", base.config))
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert not torch.allclose(merged.tensor(name), expected[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", False])
+def test_beginnings_that_leave_the_base_model(tmp_path: Path, adapted: Any, init: object) -> None:
+    expected = dict(adapted(init_lora_weights=init).named_parameters())
+    with open_checkpoint(tmp_path / "base") as base:
+        merged = Merged(base, open_adapter(tmp_path / "adapter", base.config))
+        assert all(torch.equal(merged.tensor(name), expected[name]) for name in merged.shapes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merges_large_matrices_in_parts(dtype: torch.dtype) -> None:
     """More rows than are added at a time, and not a multiple of them."""
@@ -147,6 +168,22 @@ def test_an_adapter_of_a_fused_model_is_split(tmp_path: Path, tiny_config: Any) 
         split_fused("layers.1.attention.wqkv.weight", a, b[1:], tiny_config)
 
 
+def test_command_inspects_a_hostile_adapter(tmp_path: Path, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that rich would take for markup, or the terminal for a command."""
+    from typer.testing import CliRunner
+
+    from convert.__main__ import app
+
+    adapted()
+    file = tmp_path / "adapter" / "adapter_config.json"
+    hostile = {"base_model_name_or_path": "[/x]\x1b[2J", "target_modules": 5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | hostile))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(app, ["--inspect", str(tmp_path / "adapter")])
+    assert done.exit_code == 0, done.exception
+    assert "[/x]?[2J" in done.output
+
+
 def test_command_merges(tmp_path: Path, adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
@@ -176,6 +213,10 @@ def test_command_merges(tmp_path: Path, adapted: Any, monkeypatch: pytest.Monkey
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"bias": "all"}, "bias 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base model"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changes"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"r": 0}, "r is 0"),
         ({"r": 3}, "has rank 4, the config says 3"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'"),

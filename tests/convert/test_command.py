@@ -258,6 +258,13 @@ def test_errors_are_one_line(tmp_path: Path, monkeypatch: Any, command: Any, arg
     assert list(tmp_path.iterdir()) == []
 
 
+def test_force_does_not_delete_the_adapter(model: Path, tmp_path: Path, command: Any) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    arguments = (model, tmp_path / "adapter", "--merge-adapter", tmp_path / "adapter", "--force")
+    assert_one_error(command(*arguments), "holds the source")
+
+
 def test_full_disk_is_one_line(model: Path, tmp_path: Path, command: Any, monkeypatch: Any) -> None:
     def full(*_: Any, **__: Any) -> None:
         # As write() raises it: without the name of a file.

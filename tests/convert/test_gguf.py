@@ -260,6 +260,35 @@ def test_unusable_vocabularies(
     assert str(caught.value).startswith("m.gguf: ")
 
 
+VALUES = ["x", "", "x" * 10_000, [1, 2], ["a", "b"], [1.5], -1, 0, 2**31 - 1, float("nan"), float("inf"), True]
+
+
+def test_values_of_another_type(tmp_path: Path, config: Any, random_tensors: Any) -> None:
+    """Each key of the metadata with values of other types: a model, or one clear line."""
+    path, tensors = tmp_path / "m.gguf", random_tensors(config)
+    with open_gguf(write_gguf(path, config, tensors)) as checkpoint:
+        keys = [*checkpoint.metadata, "split.count", "llama.expert_count", "llama.rope.scale_linear"]
+    messages = []
+    for key in keys:
+        for value in VALUES:
+
+            def edit(writer: Any, key: str = key, value: Any = value) -> None:
+                if isinstance(value, list):
+                    writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY)
+                else:
+                    writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+
+            path.unlink()
+            try:
+                with open_gguf(write_gguf(path, config, tensors, edit=edit)) as checkpoint:
+                    _ = checkpoint.tokenizer_files
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > 150
+    unclear = [m for m in messages if not m.startswith(f"{path}: ") or "\n" in m or len(m) > len(str(path)) + 500]
+    assert unclear == []
+
+
 def test_unknown_pre_tokenizer_spoils_only_the_tokenizer(tmp_path: Path, config: Any, random_tensors: Any) -> None:
     tensors = random_tensors(config)
     with open_gguf(write_gguf(tmp_path / "m.gguf", config, tensors, pre="falcon")) as checkpoint:

@@ -1,6 +1,8 @@
 """GGUF files, written."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,26 @@ def test_the_same_bytes_again_over_what_a_killed_process_left(
     assert [file.name for file in (tmp_path / "b").iterdir()] == ["m.gguf"]
 
 
+def test_an_id_that_means_none(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
+    """-1 in configs of 2023."""
+    write_gguf(tmp_path / "m.gguf", tiny_config | {"pad_token_id": -1}, random_tensors(tiny_config).items(), "float32")
+    with open_gguf(tmp_path / "m.gguf") as checkpoint:
+        assert "pad_token_id" not in checkpoint.config
+        assert checkpoint.config["eos_token_id"] == 2
+
+
+def test_a_disk_that_is_full_when_the_file_is_closed(
+    tmp_path: Path, tiny_config: Any, random_tensors: Any, monkeypatch: Any
+) -> None:
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", full)
+    with pytest.raises(OSError, match=rf"{tmp_path / 'm.gguf'}: cannot be written \(No space left.*free some space"):
+        write_gguf(tmp_path / "m.gguf", tiny_config, random_tensors(tiny_config).items(), "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["deepseek-coder", "deepseek-llm"])
 def test_tokenizers_survive(llama_cpp_vocabularies: Path, tmp_path: Path, name: str) -> None:
@@ -155,6 +177,9 @@ def test_official_tokenizer_survives(official: Path, tmp_path: Path) -> None:
         ({"model": {"type": "Unigram", "vocab": {}, "merges": []}}, "'Unigram' cannot go into a GGUF file"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "word rules have no name in GGUF files"),
         ({"pre_tokenizer": None}, "is no tokenizer"),
+        ({"normalizer": {"type": "NFC"}}, "its normalizer has no place"),
+        ({"added_tokens": [{"id": 9, "content": ["x"], "special": True}]}, "is no tokenizer"),
+        ({"added_tokens": [{"id": 9, "content": "\ud800", "special": True}]}, "halves of characters"),
         ({"added_tokens": [{"id": 300, "content": "x", "special": True}]}, "has ids above 299"),
         ({"added_tokens": [{"id": 1}]}, "is no tokenizer"),
     ],
@@ -172,7 +197,7 @@ def test_tokenizers_without_a_place_in_gguf(change: dict[str, Any], named: str) 
     with pytest.raises(ValueError, match=named) as caught:
         tokenizer_metadata({"tokenizer.json": json.dumps(content | change).encode()}, 300, "here")
     assert str(caught.value).startswith("here: ")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match=r"here: tokenizer\.json: corrupt JSON"):
         tokenizer_metadata({"tokenizer.json": b"{"}, 300, "here")
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         tokenizer_metadata({"tokenizer.model": b""}, 300, "here")

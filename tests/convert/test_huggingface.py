@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ def test_reads_pickled_shards_holding_one_at_a_time(
         for name in tensors:
             checkpoint.tensor(name)
             assert len(checkpoint._open) == 1
+
+
+def test_parameters_are_tensors_too(tmp_path: Path, tiny_config: Any, random_tensors: Any, assert_same: Any) -> None:
+    """People save named_parameters(), which ask for gradients."""
+    tensors = random_tensors(tiny_config)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config))
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+    assert_same(tmp_path, tensors)
+    with open_folder(tmp_path) as checkpoint:
+        assert not checkpoint.tensor("model.norm.weight").requires_grad
 
 
 def test_prefers_safetensors_and_reads_no_data_when_opening(
@@ -229,6 +240,9 @@ ROPES = ["yarn", "dynamic", "llama3", "longrope"]
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"torch_dtype": "int8"}, "int8"),
         ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ({"pad_token_id": -2}, "pad_token_id is -2"),
+        ({"bos_token_id": 2**40}, "bos_token_id is 1099511627776"),
+        ({"initializer_range": [[0.02]]}, r"initializer_range is \[\[0.02\]\]"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ],
 )
@@ -265,7 +279,7 @@ def test_missing_config(tmp_path: Path) -> None:
     refused(tmp_path, "config.json: not found", kind=FileNotFoundError)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b'{"a":' + b"[" * 60 + b"]" * 60 + b"}"])
 def test_corrupt_json(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     refused(folder, "config.json: corrupt JSON", "download it again")
@@ -338,6 +352,40 @@ def test_bin_that_is_no_state_dict(folder: Path) -> None:
     refused(folder, "pytorch_model.bin", "'model' is dict")
     torch.save([1], folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin", "holds list")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(32).to_sparse(),
+        torch.zeros(32, device="meta"),
+        # One number in the file, which stands for as many as its reader would have to make.
+        torch.zeros(1).expand(32),
+    ],
+)
+def test_bin_with_other_than_plain_tensors(folder: Path, tiny_config: Any, random_tensors: Any, value: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(random_tensors(tiny_config) | {"model.norm.weight": value}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "'model.norm.weight' is Tensor instead of a plain tensor")
+
+
+def test_bin_with_other_names(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({(1, 2): torch.ones(1)}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "names a tensor by tuple")
+
+
+def test_compressed_bin(folder: Path, tiny_config: Any, random_tensors: Any) -> None:
+    """A few megabytes could become gigabytes; PyTorch itself never compresses."""
+    (folder / "model.safetensors").unlink()
+    torch.save(random_tensors(tiny_config), folder / "plain")
+    with (
+        zipfile.ZipFile(folder / "plain") as plain,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    refused(folder, "pytorch_model.bin", "corrupt PyTorch file")
 
 
 def index_of(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:

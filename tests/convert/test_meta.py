@@ -147,7 +147,7 @@ def test_damaged_llama2c(tmp_path: Path, llama2c: Any, version: int) -> None:
         ({}, {"layers.0.attention.bias": torch.ones(2)}, "unexpected tensor 'layers.0.attention.bias'"),
         ({}, {"norm.weight": torch.ones(32, dtype=torch.int8)}, "'norm.weight' is torch.int8"),
         ({}, {"layers.0.feed_forward.w1.weight": torch.ones(3)}, "has no matrix layers.0.feed_forward.w1.weight"),
-        ({}, {"norm.weight": "x"}, "'norm.weight' is str instead of a tensor"),
+        ({}, {"norm.weight": "x"}, "'norm.weight' is str instead of a plain tensor"),
     ],
 )
 def test_other_checkpoints_are_refused(
