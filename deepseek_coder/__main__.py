@@ -32,6 +32,13 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that t
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 Repo = Annotated[Path | None, typer.Option(help="Put the other files of this folder before the prompt.")]
+PathComment = Annotated[
+    str,
+    typer.Option(
+        help="With --repo, the sign of the comments with the files' paths: hash (#, as the released models have it), "
+        "or language, for a model trained on a corpus with that setting."
+    ),
+]
 
 
 @app.command()
@@ -40,6 +47,7 @@ def complete(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue ('-' or nothing: from stdin).")] = None,
     file: Annotated[Path | None, typer.Option(help="Continue this file instead.")] = None,
     repo: Repo = None,
+    path_comment: PathComment = "hash",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -55,7 +63,7 @@ def complete(
     assert text is not None
     decoder, tokenizer = load(model)
     if repo is not None and file is not None:
-        ids = _with_repository(decoder, tokenizer, repo, file, text, None, max_new_tokens)
+        ids = _with_repository(decoder, tokenizer, repo, file, text, None, max_new_tokens, path_comment)
     else:
         ids = prompts.completion(tokenizer, text)
     _print(decoder, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stop)
@@ -69,6 +77,7 @@ def fill(
     prefix_file: Annotated[Path | None, typer.Option(help="The text before the hole.")] = None,
     suffix_file: Annotated[Path | None, typer.Option(help="The text after the hole.")] = None,
     repo: Repo = None,
+    path_comment: PathComment = "hash",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -84,7 +93,7 @@ def fill(
         raise ValueError("name the hole by FILE --at LINE:COLUMN, or by --prefix-file P and --suffix-file S")
     decoder, tokenizer = load(model)
     if repo is not None and file is not None:
-        ids = _with_repository(decoder, tokenizer, repo, file, prefix, suffix, max_new_tokens)
+        ids = _with_repository(decoder, tokenizer, repo, file, prefix, suffix, max_new_tokens, path_comment)
     else:
         ids = prompts.fim(tokenizer, prefix, suffix)
     _print(decoder, tokenizer, ids, max_new_tokens, temperature, top_p, seed, stop)
@@ -177,15 +186,17 @@ def _with_repository(
     prefix: str,
     suffix: str | None,
     max_new_tokens: int,
+    sign: str = "hash",
 ) -> list[int]:
-    """`prompts.repository` from a folder on disk: its other files of the languages that a file can depend on."""
+    """`prompts.repository` from a folder on disk: its other files of the languages that a file can depend on, and the
+    manifests by which their imports are read."""
     if not repo.is_dir():
         raise FileNotFoundError(f"{repo}: no such folder; --repo names the root of a repository")
     if not file.resolve().is_relative_to(repo.resolve()):
         raise ValueError(f"{file} lies outside the repository {repo}")
     name = file.resolve().relative_to(repo.resolve()).as_posix()
     context = decoder.config.max_position_embeddings
-    alone = len(prompts.repository(tokenizer, {}, name, prefix, suffix, sys.maxsize))
+    alone = len(prompts.repository(tokenizer, {}, name, prefix, suffix, sys.maxsize, sign))
     if alone > context - max_new_tokens:
         raise ValueError(
             f"{file}: the text around the cursor makes {alone} tokens and {max_new_tokens} are kept for "
@@ -198,14 +209,14 @@ def _with_repository(
         relative = path.relative_to(repo)
         hidden = any(part.startswith(".") for part in relative.parts)
         language = language_of(str(relative))
-        known = language is not None and language.name in languages
+        known = (language is not None and language.name in languages) or repository.is_manifest(relative.as_posix())
         if hidden or not known or not path.is_file() or path.is_symlink():
             continue
         try:
             files[relative.as_posix()] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             print(f"warning: {path} is not UTF-8 and is left out", file=sys.stderr)
-    return prompts.repository(tokenizer, files, name, prefix, suffix, context - max_new_tokens)
+    return prompts.repository(tokenizer, files, name, prefix, suffix, context - max_new_tokens, sign)
 
 
 def _print(

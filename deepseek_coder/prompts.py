@@ -77,11 +77,17 @@ def repository(
     """A completion of `path` (or, unless `suffix` is None, an infilling) with the repository's other files before it.
 
     files: path -> text of the other files. Those that `path` imports, directly or not, stand nearest to it, the
-    dependencies of a file always before it; unrelated files come first. Every file begins with a comment that names
-    its path. Where the whole is longer than `max_tokens`, files are left out from the front, never cut.
-    In an infilling the other files are the beginning of the prefix. sign: of the path comments, "hash" as the released
-    models have it, or "language" for a model trained on a corpus of that form (`repository.path_comment`).
+    dependencies of a file always before it; unrelated files come first. Manifests (`repository.is_manifest`: go.mod,
+    package.json, ...) only say what imports mean; they were in no document with the code that the model learned from.
+    Every file begins with a comment that names its path. Where the whole is longer than `max_tokens`, files are left
+    out from the front, never cut. In an infilling the other files are the beginning of the prefix. sign: of the path
+    comments, "hash" as the released models have it, or "language" for a model trained on a corpus of that form
+    (`repository.path_comment`).
+
+    Raises ValueError for another sign, and for a text around the cursor that is longer than `max_tokens` by itself.
     """
+    if sign not in repo.SIGNS:
+        raise ValueError(f"path comments with the sign {sign!r} are not known; choose from {', '.join(repo.SIGNS)}")
     others = {name: text for name, text in files.items() if name != path}
     pieces = [tokenizer.encode(repo.path_comment(path, sign) + prefix)]
     tail = tokenizer.encode(suffix or "")
@@ -114,7 +120,8 @@ def _nearest_last(others: dict[str, str], path: str, text: str) -> list[str]:
         fresh = edges[frontier.pop()].keys() - needed
         needed |= fresh
         frontier += fresh
-    ordered = [name for component in repo.order(files, edges) for name in component if name != path]
+    ordered = [name for component in repo.order(files, edges) for name in component]
+    ordered = [name for name in ordered if name != path and not repo.is_manifest(name)]
     return [n for n in ordered if n not in needed] + [n for n in ordered if n in needed]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tree_sitter import Parser
 
-# Language -> (module, function).
+# Language -> (module, function); a language without a grammar is neither checked nor cut by its syntax.
 GRAMMARS = {
     "C": ("tree_sitter_c", "language"),
     "C#": ("tree_sitter_c_sharp", "language"),
@@ -28,6 +28,9 @@ GRAMMARS = {
 }
 
 
+PACKAGES = sorted({"tree-sitter", *(module.replace("_", "-") for module, _ in GRAMMARS.values())})
+
+
 @cache
 def parser(language: str) -> "Parser":
     """The parser of one of GRAMMARS."""
@@ -38,6 +41,5 @@ def parser(language: str) -> "Parser":
 
 
 def missing() -> list[str]:
-    """The packages of GRAMMARS, and tree-sitter, that are not installed."""
-    modules = ["tree_sitter", *(module for module, _ in GRAMMARS.values())]
-    return sorted({module.replace("_", "-") for module in modules if find_spec(module) is None})
+    """Those of PACKAGES that are not installed."""
+    return [package for package in PACKAGES if find_spec(package.replace("-", "_")) is None]

@@ -108,7 +108,8 @@ def build(
     done = _record(out / "manifest.json")
     if done and any(done["key"].get(name) != key[name] for name in ("tokenizer", "valid")):
         raise ValueError(f"{out}: holds tokens made with another tokenizer or share; choose another --out")
-    if done and done["key"] == key:
+    code = (sys.modules[__name__], documents, vocabulary)
+    if done and done["key"] == key and done.get("code") == stage.code_version(code) and _whole(out, done):
         return done
     with writing(out / "tokenizer"):
         (out / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -116,10 +117,9 @@ def build(
         tokenizer.save(out / "tokenizer")
     kind = chosen_encoder(tokenizer, _sample(pieces))
     shards = [Shard(f"{n:05}", (piece, kind), piece.fingerprint) for n, piece in enumerate(pieces)]
-    modules = (sys.modules[__name__], documents, vocabulary)
     with running(run or Run()) as works:
-        made = stage.run("parts", out, encode_shard, shards, settings, modules, works, progress)
-    if failed := stage.failures(out):
+        made = stage.run("parts", out, encode_shard, shards, settings, code, works, progress)
+    if failed := stage.failures(out, "parts"):
         raise ValueError(f"{failed}; the others are kept: remove the cause and run the same command again")
     totals = _join([out / record["outputs"]["part"]["file"] for record in made["shards"].values()], out, valid, dtype)
     manifest = {"key": key, "dtype": dtype.str, "code": made["code"], "splits": totals}
@@ -262,6 +262,15 @@ def _join(parts: list[Path], out: Path, valid: float, dtype: np.dtype) -> dict[s
                     total["bytes"] += int(sizes.to_numpy()[chosen].sum())
                 number += len(batch)
     return totals
+
+
+def _whole(out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether all arrays of a finished folder have the sizes that its manifest tells."""
+    sizes = {}
+    for split, totals in manifest["splits"].items():
+        sizes[f"{split}.ids"] = totals["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        sizes |= {f"{split}.{name}": totals[name] * 8 for name in ("files", "documents")}
+    return all((out / file).is_file() and (out / file).stat().st_size == size for file, size in sizes.items())
 
 
 def _held_out(numbers: np.ndarray, valid: float) -> np.ndarray:

@@ -9,6 +9,7 @@ A repository is a plain {path: text} with forward slashes; nothing here reads a 
     pieces(files)           their texts, each behind its path comment
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
@@ -24,6 +25,7 @@ __all__ = [
     "components",
     "concatenate",
     "imports",
+    "is_manifest",
     "is_test",
     "order",
     "path_comment",
@@ -33,6 +35,10 @@ __all__ = [
 ]
 
 SIGNS = ("language", "hash")  # of path comments
+
+_MANIFEST = re.compile(
+    r"(?:^|/)(?:go\.mod|Cargo\.toml|pyproject\.toml|[^/]+\.csproj|(?:package|composer|[^/]*config[^/]*)\.json)$"
+)
 
 # What decides the order beside this file: a corpus is made anew when one of them changes.
 MODULES = (c, csharp, go, graph, javascript, jvm, paths, php, python, ruby, rust, text)
@@ -72,6 +78,13 @@ def imports(files: Mapping[str, str]) -> Edges:
         for path, dependencies in find(family, files).items() if family else ():
             edges[path] = {other: strong for other, strong in dependencies.items() if other != path}
     return edges
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a file says what names mean in the imports of others: the path of a Go module, the name of a package, a
+    path alias. The rules of the languages look into it, or where it lies; as a text it is in no document of theirs.
+    """
+    return _MANIFEST.search(path) is not None
 
 
 def related(path: str) -> frozenset[str]:

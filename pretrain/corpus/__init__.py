@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from deepseek_coder import languages, repository
 
+from .. import grammars
 from ..files import write_json
 from . import (
     archives,
@@ -64,14 +66,17 @@ _SECTIONS: dict[str, Any] = {
     "quality": quality.Quality,
 }
 
-# The modules that decide what a stage writes: when one of them changes, the stage is done again.
-_CODE = {
-    "crawl": (crawl, sources, archives, clones, vendored, generated, licences, languages),
+# What decides what a stage writes, modules and installed packages: when one of them changes, the stage is done again.
+_CODE: dict[str, tuple[ModuleType | str, ...]] = {
+    "crawl": (
+        *(crawl, sources, archives, clones, vendored, generated, licences, languages, repository),
+        *("charset-normalizer", "licenseclassifier"),
+    ),
     "filter": (rules,),
     "dedup": (dedup,),
     "documents": (order, languages, repository, *repository.MODULES),
     "near": (near, minhash),
-    "quality": (quality, syntax, decontaminate, signals, minhash),
+    "quality": (quality, syntax, grammars, decontaminate, signals, minhash, near, *grammars.PACKAGES),
 }
 
 
@@ -113,7 +118,7 @@ def build(
         "config": {name: asdict(section) for name, section in settings.items()},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
         "unread": _unread(stages["crawl"]),
-        "failed": failures(out),
+        "failed": failures(out, *_ran(settings)),
         "documents": [record["outputs"]["part"] for record in stages["quality"]["shards"].values()],
     }
     write_json(out / "manifest.json", manifest)
@@ -126,7 +131,7 @@ def _run_stages(
     shards = crawl.plan(repositories, out, settings["crawl"])
     crawled = run("crawl", out, crawl.crawl_shard, shards, settings["crawl"], _CODE["crawl"], **how)
     if shards and not crawled["shards"]:
-        raise ValueError(f"{failures(out)}; remove the cause and run the same command again")
+        raise ValueError(f"{failures(out, 'crawl')}; remove the cause and run the same command again")
     if not _unread(crawled):  # else the next run, which tries again, needs the other clones of the same shards
         shutil.rmtree(out / "cache", ignore_errors=True)
     kept = run("filter", out, rules.filter_shard, follow((crawled, "part")), settings["filter"], _CODE["filter"], **how)
@@ -137,12 +142,16 @@ def _run_stages(
     unique = run("dedup", out, dedup.keep_shard, shards, None, _CODE["dedup"], **how)
     stages = {"crawl": crawled, "filter": kept, "dedup": unique}
     if not unique["counts"].get("files"):
-        why = failures(out) or dropped_for({name: stage["counts"] for name, stage in stages.items()})
+        why = failures(out, "crawl", "filter", "digests", "dedup") or dropped_for(
+            {name: stage["counts"] for name, stage in stages.items()}
+        )
         why = "; ".join([why, *_unread(crawled).values()])
         raise ValueError(
             f"nothing is left for the corpus {out}: {why}; give other sources, or loosen the rules by --config"
         )
-    shards = follow((unique, "part"), (crawled, "part"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped"))
+    shards = follow(
+        (unique, "part"), (crawled, "manifests"), (crawled, "dropped"), (kept, "dropped"), (unique, "dropped")
+    )
     stages["documents"] = run(
         "documents", out, order.order_shard, shards, settings["documents"], _CODE["documents"], **how
     )
@@ -160,11 +169,17 @@ def _near(out: Path, ordered: Manifest, ranking: dedup.Ranking, settings: dedup.
     ordered, signed = common(ordered, signed)
     matched = run("matches", out, near.match_shard, near.partitions(signed, signing), settings, code, **how)
     if matched["failed"]:  # without all pairs the clusters would be others
-        raise ValueError(f"{failures(out)}; remove the cause and run the same command again")
+        raise ValueError(f"{failures(out, 'matches')}; remove the cause and run the same command again")
     shards = near.decide(out, ordered, signed, matched, ranking)
     manifest = run("near", out, near.keep_shard, shards, None, code, **how)
     manifest["counts"] |= matched["counts"]
     return manifest
+
+
+def _ran(settings: dict[str, Any]) -> list[str]:
+    """The stages of a run in their order. Folders of others may lie there from a run with other settings."""
+    compared = ["signatures", "matches", "near"] if settings["dedup"].near else []
+    return ["crawl", "filter", "digests", "dedup", "documents", *compared, "quality"]
 
 
 def _unread(crawled: Manifest) -> dict[str, str]:

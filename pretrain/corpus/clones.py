@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -62,19 +63,28 @@ def head(clone: Path) -> str:
 
 
 def _git(*arguments: str, seconds: int = 60) -> str:
-    # No question may be asked: there is nobody at the terminal of a crawl. Hooks and filters of the user stay out.
+    # No question may be asked: there is nobody at the terminal of a crawl. Hooks of the user stay out.
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "GIT_LFS_SKIP_SMUDGE": "1"}
+    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            check=True,
-            capture_output=True,
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=seconds,
             env=os.environ | quiet,
-            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except FileNotFoundError:
         raise ValueError("the program git is not installed; install it, or give folders and archives only") from None
-    return done.stdout.strip()
+    with process:
+        try:
+            said, complaints = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers too, who would wait for a silent server for ever
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, said, complaints)
+    return said.strip()

@@ -13,11 +13,14 @@ is written down with its reason; the next run tries again what could not be read
 
     crawl/part-*.parquet            repo, path, language, text
     crawl/dropped-*.parquet         repo, path, reason
+    crawl/manifests-*.parquet       repo, path, text of what imports are read by (go.mod, package.json, ...), never
+                                    trained on for that; of a language of ours it stands in part-* as well
     crawl/repositories-*.parquet    repo and what is known of it; `dropped` says why it has no files, if so
 """
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +31,7 @@ import pyarrow as pa
 from charset_normalizer import from_bytes
 
 from deepseek_coder.languages import language_of
+from deepseek_coder.repository import is_manifest
 
 from . import archives, licences
 from .clones import clone, folder_of, head
@@ -42,10 +46,13 @@ class Limits:
     max_file_bytes: int = 1 << 20  # hardly anything above it is written by hand
     max_repository_files: int = 500_000  # a repository with more is passed over: it must fit in memory
     max_repository_bytes: int = 2 << 30  # of its kept files
-    shard_bytes: int = 64 << 20  # of text: small enough that a lost shard is cheap and its tables fit in memory
-    clone_seconds: int = 600
-    clone_tries: int = 3
-    cache: str = ""  # a folder where clones stay for other runs; without, they go when their files are in the tables
+    # compare=False: these four do not change what a shard becomes, so that another value of them redoes nothing.
+    # shard_bytes, of text: small enough that a lost shard is cheap and its tables fit in memory.
+    shard_bytes: int = field(default=64 << 20, compare=False)
+    clone_seconds: int = field(default=600, compare=False)
+    clone_tries: int = field(default=3, compare=False)
+    # A folder where clones stay for other runs; without, they go when their files are in the tables.
+    cache: str = field(default="", compare=False)
     # Which repositories: by what the list of repositories says, licences also by their licence files. What is not
     # known of a repository does not satisfy a condition on it.
     min_stars: int = 0
@@ -54,7 +61,13 @@ class Limits:
     created_until: str = ""
     licences: tuple[str, ...] = ()  # SPDX ids, "permissive" for all of licences.py, "none" for no licence found
 
+    def __post_init__(self) -> None:
+        for key in ("created_from", "created_until"):
+            if getattr(self, key) and not re.fullmatch(r"\d{4}-\d\d-\d\d", getattr(self, key)):
+                raise ValueError(f'{key} in [crawl] is {getattr(self, key)!r}; write a day like "2023-01-31"')
 
+
+MANIFESTS = pa.schema([("repo", pa.string()), ("path", pa.string()), ("text", pa.string())])
 REPOSITORIES = pa.schema(
     [
         ("repo", pa.string()),
@@ -128,17 +141,18 @@ class _Table:
 
 
 def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
-    files, dropped, repositories = _Table(FILES), _Table(DROPPED), _Table(REPOSITORIES)
+    files, dropped, manifests, repositories = map(_Table, (FILES, DROPPED, MANIFESTS, REPOSITORIES))
+    tables = (files, dropped, manifests)
     counts: dict[str, Any] = {"files_in": 0, "files": 0, "bytes": 0, "repositories": len(shard.inputs)}
     cache = Path(limits.cache).expanduser() if limits.cache else out / "cache"
     unread = {}
     for repository in shard.inputs:
         why = None
-        mine = len(files.columns[0]), len(dropped.columns[0])
+        mine = [len(table.columns[0]) for table in tables]
         try:
             _refuse_by_facts(repository, limits)
             repository, found = _open(repository, out, cache, limits)
-            repository, encodings = _take(repository, found, files, dropped, limits)
+            repository, encodings = _take(repository, found, *tables, limits)
             _refuse_by_licence(repository, limits)
             add(counts, {"encodings": encodings} if encodings else {})
         except _Refused as reason:
@@ -148,7 +162,7 @@ def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
             why = unread[repository.name] = str(error)
             add(counts, {"repositories_unread": 1})
         if why:  # nothing of a repository, or all of it
-            for table, length in zip((files, dropped), mine, strict=True):
+            for table, length in zip(tables, mine, strict=True):
                 for column in table.columns:
                     del column[length:]
         url = repository.location if repository.kind == "git" else None
@@ -159,8 +173,8 @@ def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
         for repository in shard.inputs:
             if repository.kind == "git":
                 shutil.rmtree(folder_of(repository.location, repository.commit, cache), ignore_errors=True)
-    tables = {"part": files.finish(), "dropped": dropped.finish(), "repositories": repositories.finish()}
-    return Result(tables, counts, {"unread": unread} if unread else {})
+    made = {"part": files, "dropped": dropped, "manifests": manifests, "repositories": repositories}
+    return Result({kind: table.finish() for kind, table in made.items()}, counts, {"unread": unread} if unread else {})
 
 
 def _open(repository: Repository, out: Path, cache: Path, limits: Limits) -> tuple[Repository, Iterator[Found]]:
@@ -173,7 +187,12 @@ def _open(repository: Repository, out: Path, cache: Path, limits: Limits) -> tup
 
 
 def _take(
-    repository: Repository, found: Iterator[Found], files: _Table, dropped: _Table, limits: Limits
+    repository: Repository,
+    found: Iterator[Found],
+    files: _Table,
+    dropped: _Table,
+    manifests: _Table,
+    limits: Limits,
 ) -> tuple[Repository, dict[str, int]]:
     """Puts a repository's files into the tables; returns it with its licence, and how many files were not UTF-8."""
     licence_texts = []
@@ -190,6 +209,8 @@ def _take(
             text, encoding, reason = _text(content)
             if not reason and licences.is_licence_file(path):
                 licence_texts.append(text)
+            if not reason and is_manifest(path):
+                manifests.append(repository.name, path, text)
             if not reason and language is None:
                 reason = "unknown language"
             elif not reason and generated(path, text):
@@ -273,9 +294,8 @@ def _refused(path: str, size: int, limits: Limits) -> str:
     if not path.isprintable():
         return "unprintable path"  # a line break would leave the path comment
     if language_of(path) is None:
-        if licences.is_licence_file(path) and size <= licences.MAX_BYTES:
-            return ""
-        return "unknown language"
+        needed = licences.is_licence_file(path) or is_manifest(path)
+        return "" if needed and size <= licences.MAX_BYTES else "unknown language"
     if size > limits.max_file_bytes:
         return "too large"
     return "vendored" if vendored(path) else ""

@@ -1,8 +1,10 @@
 """Files that hold test data go: those that share any 10 words in a row with a benchmark (paper, section 2.3).
 
 Of a test string of 3 to 9 words the whole must occur; shorter ones say nothing. Words are minhash.py's, so neither
-case nor punctuation nor layout hides a copy. Runs of numbers are in thousands of honest files: a sequence counts only
-if it has three different words that are not numbers.
+case nor punctuation nor layout hides a copy. Two kinds of sequences are in thousands of honest files and tell nothing:
+runs of numbers (a sequence counts only if it has three different words that are not), and imports: those of one DS-1000
+problem, of numpy, pandas and matplotlib, would take the better part of all data science with it. So a test string ends
+before its import lines, and begins anew behind them.
 
 A file's word sequences are 64-bit hashes, and nearly all are told apart from the tests' by one look into a table of
 bits; what is left is searched for in the sorted hashes of the tests.
@@ -25,7 +27,11 @@ from numpy.typing import NDArray
 from . import minhash
 
 _WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
+_IMPORTS = re.compile(r"^[ \t]*(?:import\s|from\s+\S+\s+import\b|#[ \t]*include\b|using\s).*$", re.MULTILINE)
 _BITS = 22
+
+# What is read of a folder, as MATH has one with a file for each problem. A text file there may be anything.
+_DATA = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 class Tests:
@@ -36,11 +42,11 @@ class Tests:
         long: list[NDArray[np.uint64]] = []
         short: dict[int, list[NDArray[np.uint64]]] = {}
         starts: list[NDArray[np.uint64]] = []
-        for text in sorted(set(texts)):
-            data = text.encode()
+        for piece, whole in sorted({piece for text in texts for piece in _pieces(text)}):
+            data = piece.encode()
             words = [word.lower() for word in _WORD.findall(data)]
             n = min(len(words), ngram)
-            if n < shortest:
+            if n < (shortest if whole else ngram):  # of what is short the whole must occur, and this is none
                 continue
             hashes = minhash.word_hashes([data])
             found = minhash.grams(*hashes, n)[0]
@@ -70,6 +76,12 @@ class Tests:
         return hit
 
 
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """What stands between the import lines of a text, and whether that is all of it."""
+    cut = _IMPORTS.split(text)
+    return ((piece, len(cut) == 1) for piece in cut)
+
+
 def _telling(words: list[bytes]) -> bool:
     return len({word for word in words if not word.isdigit()}) >= 3
 
@@ -89,23 +101,45 @@ class _Set:
         return maybe[self.sorted[at] == hashes[maybe]]
 
 
-def versions(files: Sequence[str]) -> tuple[str, ...]:
-    """SHA-256 of each file. Raises FileNotFoundError."""
+def versions(sources: Sequence[str]) -> tuple[str, ...]:
+    """A SHA-256 of each source's content. Raises FileNotFoundError or ValueError for one that cannot be read."""
     found = []
-    for file in map(Path, files):
-        if not file.expanduser().is_file():
-            raise FileNotFoundError(f"{file}: no such benchmark file; correct [quality] tests")
-        found.append(hashlib.sha256(file.expanduser().read_bytes()).hexdigest())
+    for source in sources:
+        digest = hashlib.sha256()
+        for file in _files(source):
+            try:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError as error:
+                raise ValueError(_UNREADABLE.format(file, error)) from error
+        found.append(digest.hexdigest())
     return tuple(found)
 
 
 @lru_cache(maxsize=1)
-def load(files: tuple[str, ...], versions: tuple[str, ...], ngram: int, shortest: int) -> Tests:
-    """All texts of .jsonl, .parquet and .txt files, the first and last also as .gz. A line of a .txt is a test string.
+def load(sources: tuple[str, ...], versions: tuple[str, ...], ngram: int, shortest: int) -> Tests:
+    """The tests of files and folders: every text in .jsonl, .json and .parquet files; of a .txt, which no folder is
+    searched for, every line. All but .parquet also as .gz.
 
-    versions: of these files; a worker that has loaded them does so once for each. Raises ValueError, naming the file.
+    Such files are published of HumanEval, MBPP and DS-1000 (.jsonl, .jsonl.gz), GSM8K (.jsonl) and MATH (a folder, a
+    .json for each problem). versions: of these sources; a worker that has loaded them does so once for each. Raises
+    ValueError, naming the file.
     """
-    return Tests([text for file in files for text in _texts(Path(file).expanduser())], ngram, shortest)
+    return Tests([text for source in sources for file in _files(source) for text in _texts(file)], ngram, shortest)
+
+
+_UNREADABLE = "{}: these test data cannot be read ({}); correct [quality] tests"
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(_DATA) and file.is_file())
+        if not found:
+            raise ValueError(_UNREADABLE.format(path, f"it holds no {', '.join(_DATA)} file"))
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such benchmark file or folder; correct [quality] tests")
+    return [path]
 
 
 def _texts(file: Path) -> Iterator[str]:
@@ -114,14 +148,14 @@ def _texts(file: Path) -> Iterator[str]:
         if kind == "parquet":
             for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
                 yield from _strings(batch.to_pylist())
-        elif kind in ("jsonl", "txt"):
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    yield from _strings(json.loads(line)) if kind == "jsonl" and line.strip() else [line]
+        elif kind in ("json", "jsonl", "txt"):
+            with (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+                for line in [lines.read()] if kind == "json" else lines:
+                    yield from _strings(json.loads(line)) if kind != "txt" and line.strip() else [line]
         else:
-            raise ValueError("not a .jsonl, .parquet or .txt file")
-    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{file}: these test data cannot be read ({error}); correct [quality] tests") from error
+            raise ValueError("not a .jsonl, .json, .parquet or .txt file")
+    except (OSError, EOFError, ValueError, RecursionError, pa.ArrowInvalid) as error:
+        raise ValueError(_UNREADABLE.format(file, error)) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ whose duplicates it changes.
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..files import replacing
-from . import licences
+from . import licences, minhash
 from .stage import DROPPED, FILES, Manifest, Result, Shard, fingerprint, read_rows, tally
 
 Ids = NDArray[np.int64]  # a file's or document's place in the corpus
@@ -34,13 +34,19 @@ Ids = NDArray[np.int64]  # a file's or document's place in the corpus
 
 @dataclass(frozen=True)
 class Dedup:
-    fork_share: float = 0.9  # above 1: no repository counts as a fork
-    near: bool = True
+    # compare=False: decided on by the driver, whose decisions are inputs of the stages.
+    fork_share: float = field(default=0.9, compare=False)  # above 1: no repository counts as a fork
+    near: bool = field(default=True, compare=False)
     # DeepSeek-Coder: "the same near-deduplication" as StarCoder, on a repository's concatenated files; these are
     # StarCoder's numbers (bigcode-dataset, near_deduplication).
     ngram: int = 5  # words in a shingle
     permutations: int = 256
     threshold: float = 0.7  # Jaccard similarity
+
+    def __post_init__(self) -> None:
+        for key, least, most in (("ngram", 1, minhash.LONGEST), ("permutations", 1, 1 << 16), ("threshold", 0.01, 1)):
+            if not least <= getattr(self, key) <= most:
+                raise ValueError(f"{key} in [dedup] is {getattr(self, key)}; it must be from {least} to {most}")
 
 
 DIGESTS = pa.schema([("repo", pa.string()), ("path", pa.string()), ("sha256", pa.binary(32)), ("size", pa.int64())])

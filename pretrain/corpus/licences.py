@@ -6,6 +6,7 @@ from functools import lru_cache
 from licenseclassifier import identify_license
 
 _FILE = re.compile(r"(?:un)?licen[cs]e(?:[-_.].*)?|copying(?:[-_.].*)?|mit-licen[cs]e(?:\..*)?", re.IGNORECASE)
+_PARENTHESES = re.compile(r"\(([^()]*)\)")
 MAX_BYTES = 256 << 10  # of a licence file
 
 # Those of the Blue Oak Council's list that code is published under: use, change and pass on, with notices at most.
@@ -41,12 +42,19 @@ def _identify(text: str) -> tuple[str, ...]:
 
 
 def permissive(licence: str | None) -> bool:
-    """Of an SPDX expression: of alternatives (OR) one must be permissive, of joined ones (AND) each."""
-    if not licence:
-        return False
-    alternatives = re.split(r"\s+OR\s+", re.sub(r"[()]", " ", licence), flags=re.IGNORECASE)
+    """Of an SPDX expression: of alternatives (OR) one must be permissive, of joined ones (AND) each.
+
+    AND binds closer than OR. Parentheses are worked out from within, each as a licence that is permissive or is not.
+    """
+    expression, before = licence or "", None
+    while expression != before:
+        before = expression
+        expression = _PARENTHESES.sub(lambda match: " MIT " if permissive(match[1]) else " NONE ", expression)
+    alternatives = re.split(r"(?<!\S)OR(?!\S)", expression, flags=re.IGNORECASE)
     return any(
-        all(part.split()[0].lower() in PERMISSIVE for part in re.split(r"\s+AND\s+", alternative.strip()) if part)
-        for alternative in alternatives
-        if alternative.strip()
+        all(map(_one_permissive, re.split(r"(?<!\S)AND(?!\S)", some, flags=re.IGNORECASE))) for some in alternatives
     )
+
+
+def _one_permissive(licence: str) -> bool:
+    return licence.split()[:1] != [] and licence.split()[0].lower() in PERMISSIVE

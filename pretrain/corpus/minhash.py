@@ -32,7 +32,8 @@ _SEED = 42
 _CHUNK = 1 << 18  # bytes hashed at once: their 64-bit products stay in the second-level cache
 _RANDOM = np.random.Generator(np.random.PCG64(_SEED))
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
-_FACTORS = _RANDOM.integers(0, 1 << 63, size=64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+LONGEST = 64  # words in an n-gram, and rows in a band
+_FACTORS = _RANDOM.integers(0, 1 << 63, size=LONGEST, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 def _byte_values() -> U64:
@@ -168,7 +169,7 @@ def bands(threshold: float, permutations: int = 256) -> tuple[int, int]:
     edges = np.arange(0.0, 1.0, 0.001) + 0.0005  # midpoints
     best = (math.inf, 1, permutations)
     for number in range(1, permutations + 1):
-        for rows in range(1, permutations // number + 1):
+        for rows in range(1, min(permutations // number, LONGEST) + 1):
             missed = (1.0 - edges**rows) ** number
             wrong = float(np.where(edges < threshold, 1.0 - missed, missed).sum())
             best = min(best, (wrong, number, rows))

@@ -7,8 +7,8 @@ that is too long is split between files, and only the last file is cut for infil
 document.
 
 Dependencies are resolved in the repository as it was crawled: a package whose empty `__init__.py` the filter dropped is
-still a package, and a package.json that is too short to train on still names one. A dependency on a dropped file is
-counted and otherwise ignored.
+still a package, and a go.mod, which is in none of the languages, names a module all the same. A dependency on a dropped
+file is counted and otherwise ignored.
 """
 
 from collections import Counter
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from deepseek_coder import repository
 
@@ -33,9 +31,6 @@ DOCUMENTS = pa.schema(
         ("texts", pa.list_(pa.string())),
     ]
 )
-
-# Files that say what names mean in imports, whether they are trained on or not.
-_MANIFESTS = r"(?:^|/)(?:package|composer|[tj]sconfig[^/]*)\.json$"
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,12 @@ class Document:
 
 
 def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:
-    """Inputs: the shard's kept files, those that were crawled, then every table of the dropped ones."""
+    """Inputs: the shard's kept files, the crawl's table of manifests, then every table of the dropped files."""
     gone: dict[str, dict[str, str]] = {}
     for file in shard.inputs[2:]:
         for row in read_rows(out / file, ["repo", "path"]):
             gone.setdefault(row["repo"], {})[row["path"]] = ""
-    for row in _manifests(out / shard.inputs[1]):
+    for row in read_rows(out / shard.inputs[1]):
         gone.setdefault(row["repo"], {})[row["path"]] = row["text"]
     documents: list[dict[str, Any]] = []
     counts: dict[str, Any] = {"documents": 0, "files": 0, "bytes": 0}
@@ -83,13 +78,6 @@ def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:
             size = {"documents": 1, "files": len(document.paths), "bytes": sum(len(t.encode()) for t in document.texts)}
             add(counts, size | {"languages": {document.language: size}})
     return Result({"part": pa.Table.from_pylist(documents, DOCUMENTS)}, counts)
-
-
-def _manifests(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=["repo", "path", "text"]):
-        rows += batch.filter(pc.match_substring_regex(batch["path"], _MANIFESTS)).to_pylist()
-    return rows
 
 
 def repository_documents(

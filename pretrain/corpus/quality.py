@@ -7,7 +7,9 @@ A file that is dropped leaves its document, which keeps the order of the others;
     quality/scores-*.parquet    repo, path, language, error_share and score, and signals.NAMES
 """
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from . import decontaminate, signals, syntax
+from . import decontaminate, minhash, signals, syntax
 from .near import bare
 from .order import DOCUMENTS
 from .stage import DROPPED, Manifest, Result, Shard, fingerprint, follow, read_rows, tally_documents
@@ -25,12 +27,19 @@ from .stage import DROPPED, Manifest, Result, Shard, fingerprint, follow, read_r
 class Quality:
     syntax: bool = True  # check it where there is a grammar (syntax.py)
     max_error_share: float = 0.1  # of a file's bytes; preprocessor tricks cost healthy C files up to a twentieth
-    tests: tuple[str, ...] = ()  # benchmark files (decontaminate.py)
+    tests: tuple[str, ...] = ()  # benchmarks, files and folders of them (decontaminate.py)
     ngram: int = 10  # paper, section 2.3: words in a row that a file may not share with test data ...
     shortest: int = 3  # ... and of shorter test strings the whole, from this many words on
     signals: bool = False  # OpenCoder's, into quality/scores (signals.py): tags, at the cost of a syntax check
     scorer: str = ""  # "module:function": called with (path, language, text), returns a number
-    min_score: float = 0.0  # a file with a lower one goes
+    min_score: float = -1e9  # a file with a lower one goes
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.ngram <= minhash.LONGEST:
+            raise ValueError(
+                f"ngram and shortest in [quality] are {self.ngram} and {self.shortest}; they must be from 1 to "
+                f"{minhash.LONGEST}, shortest not above ngram"
+            )
 
 
 SCORES = pa.schema(
@@ -46,16 +55,16 @@ SCORES = pa.schema(
 
 
 def shards(documents: Manifest, settings: Quality) -> list[Shard]:
-    """Those of `documents`; the contents of the benchmark files are a part of their keys.
+    """Those of `documents`; the contents of the benchmarks and the scorer's source are a part of their keys.
 
     Raises FileNotFoundError or ValueError for benchmarks or a scorer that cannot be used.
     """
-    _scorer(settings.scorer)
+    scorer = _version(_scorer(settings.scorer))
     versions = decontaminate.versions(settings.tests)
     if settings.tests:
         decontaminate.load(settings.tests, versions, settings.ngram, settings.shortest)
     return [
-        Shard(shard.name, (*shard.inputs, versions), fingerprint(shard.fingerprint, versions))
+        Shard(shard.name, (*shard.inputs, versions), fingerprint(shard.fingerprint, versions, scorer))
         for shard in follow((documents, "part"))
     ]
 
@@ -102,6 +111,15 @@ def screen_shard(out: Path, shard: Shard, settings: Quality) -> Result:
         "scores": pa.Table.from_pylist(scores, SCORES),
     }
     return Result(tables, tally_documents(kept, dropped))
+
+
+def _version(scorer: Callable[..., Any] | None) -> str:
+    """Of a scorer: the hash of its module's file, and the module's `VERSION`, which stands for what the file reads."""
+    module = inspect.getmodule(scorer)
+    file = getattr(module, "__file__", None)
+    return fingerprint(
+        hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "", str(getattr(module, "VERSION", ""))
+    )
 
 
 def _scorer(entry: str) -> Callable[[str, str, str], float] | None:

@@ -71,12 +71,13 @@ def summary(out: Path) -> str:
 def write(corpus: Path, out: Path, more: Sequence[Section] = ()) -> None:
     """Writes report.md and report.html of a finished corpus into `out`; more: sections of what was made of it."""
     counts = _counts(corpus)
+    ran = _dropping(counts)
     sections = [
         _through_the_stages(counts),
         _by_language_and_stage(counts),
         _languages(counts),
         _reasons(counts, plot=True),
-        *_duplicates(corpus),
+        *_duplicates(corpus, ran),
         _lengths(corpus),
         _dependencies(counts),
         *more,
@@ -140,10 +141,10 @@ def _languages(counts: dict[str, Any]) -> Section:
     return Section("Documents", ("language", "documents", "files", "text"), rows)
 
 
-def _duplicates(corpus: Path) -> list[Section]:
-    """For each stage whose tables of dropped files name the original: how many copies the originals had."""
+def _duplicates(corpus: Path, stages: Sequence[str]) -> list[Section]:
+    """For each of the stages whose tables of dropped files name the original: how many copies the originals had."""
     sections = []
-    for stage in _STAGES:
+    for stage in stages:
         found: Counter[str] = Counter()
         every = 1  # one of how many originals is counted, chosen by a hash
         for path in sorted((corpus / stage).glob("dropped-*.parquet")):

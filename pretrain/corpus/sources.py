@@ -6,9 +6,11 @@ list's own folder); of its other columns `stars`, `forks`, `licence` (or `licens
 """
 
 import csv
+import io
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from .vendored import VENDORED
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 LISTS = (".jsonl", ".csv")
 
-_URL = re.compile(r"(https?|ssh|file)://.+|[\w.-]+@[\w.-]+:.+")  # not git's `ext::`, which runs commands
+_URL = re.compile(r"(https?|ssh|file)://.+|\w[\w.-]*@\w[\w.-]*:.+")  # not git's `ext::`, which runs commands
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,9 @@ def _of_list(path: Path, out: Path) -> list[Repository]:
         raise ValueError(f"{path}: this list cannot be read ({error}); write it as UTF-8") from error
     rows: list[tuple[int, Any]] = []
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        rows = [(reader.line_num, row) for row in reader]
+        rows = list(_of_csv(path, text))
     else:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits at what JSON texts may hold
             if line.strip():
                 try:
                     rows.append((number, json.loads(line)))
@@ -137,12 +138,25 @@ def _of_list(path: Path, out: Path) -> list[Repository]:
     return found
 
 
+def _of_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row), with columns' names in lower case and without blanks around; cells without a column are left out."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # one of the columns may be a readme
+    reader = csv.DictReader(io.StringIO(text), restval="")
+    try:
+        for row in reader:
+            yield reader.line_num, {name.strip().lower(): cell.strip() for name, cell in row.items() if name}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); quote what holds commas") from error
+
+
 def _of_row(row: dict[str, Any], folder: Path, out: Path) -> list[Repository]:
     url, file = row.get("url"), row.get("path")
     if not (isinstance(url, str) and url) and not (isinstance(file, str) and file):
         raise ValueError("names no repository; give it a `url` or a `path`")
     facts: dict[str, Any] = {name: _count(row.get(name), name) for name in ("stars", "forks")}
     licence = row.get("licence") or row.get("license")
+    if licence == "NOASSERTION":  # what forges say of a licence that they do not know; its file may tell
+        licence = None
     for name, value, form in (
         ("licence", licence, r"[\w.+() -]+"),
         ("created", row.get("created"), r"\d{4}-\d\d-\d\d.*"),
@@ -163,9 +177,10 @@ _EXAMPLES = {"licence": "Apache-2.0", "created": "2023-01-31", "commit": "6d43fb
 def _count(value: Any, name: str) -> int | None:
     if value in (None, ""):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():
+    # Tables in which some numbers are missing often have the others as 12.0.
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}(\.0+)?", str(value)):
         raise ValueError(f"its {name} are {value!r}; write a whole number, or leave it out")
-    return int(value)
+    return int(str(value).partition(".")[0])
 
 
 def _at_commit(repository: Repository) -> Repository:

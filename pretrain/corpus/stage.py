@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -97,22 +98,23 @@ def run(
     function: Function,
     shards: list[Shard],
     settings: Any = None,
-    modules: tuple[ModuleType, ...] = (),
+    code: tuple[ModuleType | str, ...] = (),
     executor: Executor = here,
     progress: bool = False,
 ) -> Manifest:
     """Brings every shard of a stage up to date under out/stage/ and returns its manifest, also written there.
 
-    settings: a dataclass, passed on and part of each shard's key. modules: those whose source decides the result.
+    settings: a dataclass, passed on and part of each shard's key, but for fields with compare=False. code: what decides
+    the result: modules, by their source, and installed packages, by their version.
     executor: where the shards are worked on. progress: a bar on stderr if that is a terminal.
     A shard that failed is not among the manifest's "shards" but under "failed" (`failures` tells of all stages).
     """
     folder = out / stage
     folder.mkdir(parents=True, exist_ok=True)
     _discard_leftovers(folder, shards)
-    config = dataclasses.asdict(settings) if settings is not None else {}
-    code = fingerprint([Path(str(module.__file__)).read_text() for module in modules])
-    keys = {shard.name: fingerprint(config, code, shard.fingerprint) for shard in shards}
+    config = _decisive(settings)
+    version = code_version(code)
+    keys = {shard.name: fingerprint(config, version, shard.fingerprint) for shard in shards}
     records: dict[str, Any] = {shard.name: _finished(folder, shard.name, keys[shard.name]) for shard in shards}
     jobs = [Job(function, out, stage, s, settings, keys[s.name]) for s in shards if records[s.name] is None]
     columns = (TextColumn(f"{stage:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -130,7 +132,7 @@ def run(
     manifest = {
         "stage": stage,
         "config": config,
-        "code": code,
+        "code": version,
         "counts": counts,
         "shards": finished,
         "failed": {name: record for name, record in records.items() if "failed" in record},
@@ -139,16 +141,37 @@ def run(
     return manifest
 
 
-def failures(out: Path) -> str:
-    """One sentence on the shards that failed, over all stages of a corpus folder; "" if none did."""
+def code_version(code: tuple[ModuleType | str, ...]) -> str:
+    """One hash of modules, by their source, and of installed packages, by their version."""
+    return fingerprint(
+        [_installed(part) if isinstance(part, str) else Path(str(part.__file__)).read_text() for part in code]
+    )
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _decisive(settings: Any) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    silent = {field.name for field in dataclasses.fields(settings) if not field.compare}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in silent}
+
+
+def failures(out: Path, *stages: str) -> str:
+    """One sentence on the shards that failed in these stages, as they were last run; "" if none did."""
     parts = []
-    for path in sorted(out.glob("*/manifest.json"), key=lambda path: (path.parent.name != "crawl", path)):
-        manifest = json.loads(path.read_text())
+    for stage in stages:
+        manifest = json.loads((out / stage / "manifest.json").read_text())
         failed = manifest.get("failed")
         if failed:
             reasons = "; ".join(f"shard {name}: {record['failed']}" for name, record in sorted(failed.items()))
             total = len(failed) + len(manifest["shards"])
-            parts.append(f"{len(failed)} of the {total} shards of the stage {path.parent.name} failed: {reasons}")
+            parts.append(f"{len(failed)} of the {total} shards of the stage {stage} failed: {reasons}")
     return ". ".join(parts)
 
 
@@ -233,8 +256,9 @@ def _expected(value: Any, default: Any) -> str:
     if isinstance(default, str | bool):
         return "" if type(value) is type(default) else "a text" if isinstance(default, str) else "true or false"
     allowed = (int,) if isinstance(default, int) else (int, float)
-    fits = not isinstance(value, bool) and isinstance(value, allowed) and value >= 0
-    return "" if fits else f"{'a whole number' if isinstance(default, int) else 'a number'} >= 0"
+    fits = not isinstance(value, bool) and isinstance(value, allowed) and value >= min(default, 0)
+    kind = "a whole number" if isinstance(default, int) else "a number"
+    return "" if fits else kind if default < 0 else f"{kind} >= 0"
 
 
 # ---- one shard -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The `deepseek-coder` command as a user runs it: a process, its stdout, its exit code."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,30 @@ def test_files_of_unknown_language_share_none(model, tmp_path):
     decoder, tokenizer = load(model)
     ids = _with_repository(decoder, tokenizer, tmp_path, file, "to do", None, 8)
     assert ids == prompts.repository(tokenizer, {}, file.name, "to do")
+
+
+def test_imports_by_a_manifest_and_the_signs_of_path_comments(model, tmp_path):
+    for path, text in {
+        "tsconfig.json": '{"compilerOptions": {"paths": {"#lib/*": ["lib/*"]}}}',
+        "lib/near.ts": "export const a = 1\n",
+        "zzz.ts": "export const b = 2\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    file = tmp_path / "main.ts"
+    file.write_text("import { a } from '#lib/near'\n")
+    decoder, tokenizer = load(model)
+    for sign, comment in (("hash", "#"), ("language", "//")):
+        ids = _with_repository(decoder, tokenizer, tmp_path, file, file.read_text(), None, 8, sign)
+        lines = tokenizer.decode(ids).splitlines()
+        assert [line for line in lines if line.endswith(".ts")] == [
+            f"{comment}zzz.ts",
+            f"{comment}lib/near.ts",  # what it imports by the alias stands nearest
+            f"{comment}main.ts",
+        ]
+        assert not any("compilerOptions" in line for line in lines)
+    done = run("complete", model, "--file", file, "--repo", tmp_path, "--path-comment", "//")
+    refused(done, "path comments with the sign '//' are not known; choose from language, hash")
 
 
 def test_a_warning_is_one_line(model, hole, tmp_path):
@@ -177,10 +202,22 @@ def test_hugging_faces_kernels_in_place_of_ours_is_one_clear_line(tmp_path):
     refused(done, "kernels", "Hugging Face's", "pip uninstall kernels")
 
 
+def test_a_corpus_needs_no_torch():
+    """Whose import would cost every worker seconds and 200 MB."""
+    program = (
+        "import sys, deepseek_coder, pretrain.corpus, pretrain.tokens, pretrain.corpus.report;"
+        "print(deepseek_coder.prompts.fim, 'torch' in sys.modules, deepseek_coder.load, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert re.fullmatch(r"<function fim .*> False <function load .*> True\n", done.stdout), done.stderr
+    with pytest.raises(ImportError, match="cannot import name 'lode'"):
+        from deepseek_coder import lode  # noqa: F401
+
+
 def test_transformers_runs_with_our_kernels_on_the_path():
     program = (
         "import kernels, torch, transformers as t;"
-        "assert kernels.PROJECT == 'deepseek-coder-torch';"
+        "assert kernels.PROJECT == 'deepseek-coder-torch'; torch.manual_seed(0);"
         "c = t.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,"
         " num_attention_heads=2, num_key_value_heads=2);"
         "print(t.LlamaForCausalLM(c).generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False).shape)"

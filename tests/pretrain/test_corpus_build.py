@@ -185,6 +185,32 @@ def test_documents_of_a_repository():
     assert (counts["dependencies"], counts["dependencies_first"]) == (4, 1)
 
 
+def test_manifests_of_no_language_name_modules(tmp_path):
+    """Two Go modules and two crates, whose folders do not tell their names: go.mod and Cargo.toml are not trained on,
+    but read."""
+    root = write(
+        tmp_path / "r",
+        {
+            "one/go.mod": "module example.org/first\n",
+            "one/util/util.go": "package util\n\nfunc Used() int { return 1 }\n",
+            "two/go.mod": "module example.org/second\n",
+            "two/a.go": 'package two\n\nimport "example.org/first/util"\n\nvar X = util.Used()\n',
+            "two/b/b.go": 'package b\n\nimport "example.org/second"\n\nvar Y = two.X\n',
+            "crates/x/Cargo.toml": '[package]\nname = "engine-core"\n',
+            "crates/x/src/lib.rs": "pub struct Engine;\n",
+            "crates/y/Cargo.toml": '[package]\nname = "other"\n',
+            "crates/y/src/lib.rs": "use engine_core::Engine;\n\npub fn f(e: Engine) {}\n",
+        },
+    )
+    corpus.build([str(root)], tmp_path / "out", config={"dedup": {"near": False}}, progress=False)
+    assert sorted(document.paths for document in corpus.documents(tmp_path / "out")) == [
+        ["crates/x/src/lib.rs", "crates/y/src/lib.rs"],
+        ["one/util/util.go", "two/a.go", "two/b/b.go"],
+    ]
+    reasons = {row["path"]: row["reason"] for row in rows(tmp_path / "out", "crawl", "dropped")}
+    assert reasons["one/go.mod"] == reasons["crates/x/Cargo.toml"] == "unknown language"
+
+
 def test_the_filter_records_its_reasons(tmp_path):
     write(
         tmp_path / "r",
@@ -256,6 +282,12 @@ def test_configuration(tmp_path):
         ("[documents]\npath_comment = ''", r"path_comment in \[documents\].* must be one of language, hash"),
         ("[documents]\nseed = -1", r"seed in \[documents\].* is -1"),
         ("[crawl", r"c\.toml: "),
+        ("[crawl]\ncreated_until = 2023-01-31", r"created_until in \[crawl\].* must be a text"),
+        ("[dedup]\nngram = 65", r"ngram in \[dedup\] is 65; it must be from 1 to 64"),
+        ("[dedup]\npermutations = 0", r"permutations in \[dedup\] is 0"),
+        ("[dedup]\nthreshold = 70", r"threshold in \[dedup\] is 70; it must be from 0\.01 to 1"),
+        ("[quality]\nshortest = 11", r"ngram and shortest in \[quality\] are 10 and 11"),
+        ("[quality]\nmin_score = 'x'", r"min_score in \[quality\].* it must be a number$"),
     ],
 )
 def test_bad_configuration(tmp_path, text, message):

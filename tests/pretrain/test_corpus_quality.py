@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -103,12 +104,70 @@ def test_kinds_of_files(tmp_path):
     for path in tmp_path.iterdir():
         tests = load(path)
         assert tests.found_in([text.encode(), b"nothing of it"]).tolist() == [True, False]
-    for name, content in {"e.jsonl": "{", "f.json": "{}", "g.parquet": "x", "h.txt.gz": "x"}.items():
+    for name, content in {
+        "e.jsonl": "{",
+        "f.csv": "a",
+        "g.parquet": "x",
+        "h.txt.gz": "x",
+        "i.json": "[" * 9999,
+    }.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=rf"{name}: these test data cannot be read .*correct \[quality\] tests"):
             load(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no such benchmark file"):
+    with pytest.raises(FileNotFoundError, match="no such benchmark file or folder"):
         load(tmp_path / "nowhere.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: these test data cannot be read \(it holds no \.json, "):
+        load(tmp_path / "empty")
+
+
+# One problem of each benchmark in the form in which it is published, with texts of our own.
+DS_1000 = {
+    "prompt": "Problem:\nA frame of rivers and lakes has gauges that report no level on Sundays. I want them filled "
+    "from Mondays.\n\nA:\n<code>\nimport pandas as pd\nimport numpy as np\nimport matplotlib.pyplot as plt\n\n"
+    "df = pd.DataFrame({'gauge': [3, np.nan]})\n</code>\nresult = ... # put solution in this variable\n",
+    "reference_code": "def g(levels):\n    return levels.bfill(axis=0).where(levels.index.weekday == 6, levels)\n",
+    "metadata": {"problem_id": 0, "library": "Pandas", "perturbation_type": "Origin"},
+    "code_context": "import pandas as pd\nimport numpy as np\nimport copy\n\n\ndef generate_rivers(test_case_id):\n"
+    "    return pd.Series([1.0, None], index=pd.date_range('2023-01-01', periods=2))\n",
+}
+GSM8K = {
+    "question": "A ferry carries 14 lorries on each of its 6 crossings and leaves 5 behind. How many came to the quay?",
+    "answer": "The ferry takes 14*6=<<14*6=84>>84 lorries across.\nWith those left behind 84+5=<<84+5=89>>89 came.\n"
+    "#### 89",
+}
+MATH = {
+    "problem": "Let $p$ be a prime such that $p^2 + 26$ is a prime as well. Find the sum of all such $p$.",
+    "level": "Level 3",
+    "type": "Number Theory",
+    "solution": "Modulo $3$ the square of any prime but $3$ is $1$, so $p^2 + 26$ is divisible by three. Hence "
+    "$p = \\boxed{3}$.",
+}
+
+
+def test_published_formats(tmp_path):
+    """DS-1000, GSM8K and MATH from a file and from a folder; what everybody imports is no test data."""
+    with gzip.open(tmp_path / "ds1000.jsonl.gz", "wt") as file:
+        file.write(json.dumps(DS_1000) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(GSM8K) + "\n")
+    for path in ("MATH/test/number_theory/7.json", "MATH/train/algebra/README.txt"):
+        (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / "MATH/test/number_theory/7.json").write_text(json.dumps(MATH, indent=4))
+    (tmp_path / "MATH/train/algebra/README.txt").write_text("every line of this text would be a test\n")
+    tests = load(tmp_path / "ds1000.jsonl.gz", tmp_path / "test.jsonl", tmp_path / "MATH")
+    strings = [DS_1000[name] for name in ("prompt", "reference_code", "code_context")]
+    strings += [*GSM8K.values(), MATH["problem"], MATH["solution"]]
+    assert tests.found_in([f"# {text}\nx = 1\n".encode() for text in strings]).all()
+    honest = [
+        "import pandas as pd\nimport numpy as np\nimport matplotlib.pyplot as plt\n\ndf = pd.DataFrame()\n",
+        "import pandas as pd\nimport numpy as np\nimport copy\n\n\ndef generate(x):\n    return x\n",
+        "every line of this text would be a test\n",
+        "# Level 3, Number Theory, Pandas, Origin\n",
+    ]
+    assert not tests.found_in([text.encode() for text in honest]).any()
+    before = decontaminate.versions([str(tmp_path / "MATH")])
+    (tmp_path / "MATH/test/number_theory/7.json").write_text(json.dumps(MATH | {"level": "Level 4"}))
+    assert decontaminate.versions([str(tmp_path / "MATH")]) != before
 
 
 def test_benchmarks(benchmarks):
@@ -168,6 +227,27 @@ def test_the_stage(tmp_path, monkeypatch):
     config = {"quality": {"syntax": False, "scorer": "test_corpus_quality:shortness", "min_score": 1 / 50}}
     corpus.build([str(source)], out, config=config, progress=False)
     assert sorted(path for d in corpus.documents(out) for path in d.paths) == ["good.py", "other.md"]
+
+
+def test_a_changed_scorer_is_asked_again(tmp_path, monkeypatch):
+    """Its source, or the VERSION that stands for what it reads, is a part of the key; negative scores are scores."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.py").write_text("one = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"quality": {"scorer": "a_scorer_of_a_test:score", "min_score": -2.5}}
+    source = "def score(path, language, text):\n    return {}\n"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    outcomes = []
+    for text in (source.format(-2), source.format(-2), source.format(-3), source.format(-2) + "VERSION = 2\n"):
+        (tmp_path / "a_scorer_of_a_test.py").write_text(text)
+        sys.modules.pop("a_scorer_of_a_test", None)
+        manifest = corpus.build([str(tmp_path / "r")], tmp_path / "out", config=config, progress=False)
+        (record,) = json.loads((tmp_path / "out" / "quality" / "manifest.json").read_text())["shards"].values()
+        outcomes.append((record["key"], manifest["counts"]["quality"]["files"]))
+    sys.modules.pop("a_scorer_of_a_test")
+    assert [files for _, files in outcomes] == [1, 1, 0, 1]
+    assert outcomes[0] == outcomes[1]
+    assert len({key for key, _ in outcomes}) == 3
 
 
 @pytest.mark.parametrize("scorer", ["nowhere:f", "json:nothing", "json:__name__", "x"])

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 from pretrain import corpus
-from pretrain.corpus import crawl, dedup, executors, order, rules, stage
+from pretrain.corpus import crawl, dedup, executors, near, order, report, rules, stage
 from pretrain.corpus.executors import Run
 from pretrain.corpus.stage import Result, Shard
 
 CONFIG = {"crawl": {"shard_bytes": 0}}  # one shard for each repository
+NEAR = ("signatures", "matches", "near")
 
 
 @pytest.fixture
@@ -190,6 +191,55 @@ def test_a_changed_rule_redoes_the_filter_and_not_the_crawl(sources, tmp_path):
     assert any("digits.py" in document.paths for document in corpus.documents(out))
 
 
+@pytest.mark.parametrize(
+    "section, values, stages",
+    [
+        ("crawl", {"clone_seconds": 7, "clone_tries": 1, "cache": "somewhere"}, set()),
+        ("crawl", {"max_file_bytes": 40}, {"crawl", "filter", "documents"}),  # without what the filter dropped
+        ("filter", {"longest_line": 999}, {"filter"}),
+        ("documents", {"order": "path"}, {"documents", *NEAR, "quality"}),
+        ("documents", {"seed": 1}, {"documents"}),
+        ("dedup", {"fork_share": 0.1}, {"dedup", "documents", *NEAR, "quality"}),
+        ("dedup", {"threshold": 0.7001}, {"matches"}),
+        ("dedup", {"ngram": 4}, {"signatures", "matches"}),
+        ("dedup", {"near": False}, set()),
+        ("quality", {"max_error_share": 0.2}, {"quality"}),
+        ("run", {"workers": 2, "memory_gb": 1}, set()),
+    ],
+)
+def test_a_changed_setting_redoes_what_depends_on_it(sources, tmp_path, section, values, stages):
+    """Its own stage, and of the others those that get other inputs by it."""
+    out = tmp_path / "out"
+    build(sources, out)
+    before = times(out)
+    config = CONFIG | {section: CONFIG.get(section, {}) | values}
+    corpus.build(sources, out, config=config, progress=False)
+    assert {name.split("/")[0] for name, moment in times(out).items() if before[name] != moment} == stages
+
+
+def test_the_failures_of_a_stage_that_is_left_out_are_forgotten(sources, tmp_path, monkeypatch):
+    """And so are its clusters, in the report."""
+
+    def fails(out, shard, settings):
+        raise ValueError("injected")
+
+    out = tmp_path / "out"
+    for number in (0, 1):
+        text = "".join(f"def function_{i}(a, b):\n    return a + b * {i}\n" for i in range(40))
+        (tmp_path / f"repo{number}" / "long.py").write_text(f"{text}last = {number}\n")
+    build(sources, out)
+    report.write(out, out)
+    assert "Clusters of duplicates: near" in (out / "report.md").read_text()
+    (out / "near" / "shard-00001.json").unlink()
+    with monkeypatch.context() as broken:
+        broken.setattr(near, "keep_shard", fails)
+        assert "stage near failed: shard 00001: injected" in build(sources, out)["failed"]
+    manifest = corpus.build(sources, out, config=CONFIG | {"dedup": {"near": False}}, progress=False)
+    assert manifest["failed"] == ""
+    report.write(out, out)
+    assert "Clusters of duplicates: near" not in (out / "report.md").read_text()
+
+
 def test_fewer_sources_leave_nothing_behind(sources, tmp_path):
     out = tmp_path / "out"
     build(sources, out)
@@ -278,7 +328,7 @@ def test_a_shard_that_fails_anywhere_stops_nothing(sources, tmp_path, monkeypatc
 
 def test_an_unexpected_error_names_its_type(tmp_path):
     stage.run("test", tmp_path, raises, SHARDS[:2])
-    assert stage.failures(tmp_path) == (
+    assert stage.failures(tmp_path, "test") == (
         "2 of the 2 shards of the stage test failed: "
         "shard 00000: KeyError: 'surprise'; shard 00001: KeyError: 'surprise'"
     )

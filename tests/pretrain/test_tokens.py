@@ -118,6 +118,13 @@ def test_only_what_changed_is_encoded_again(cut, made, tmp_path):
     assert tokens.build(cut, made, out, 0.1, progress=False) == manifest
     changed = [path.name for path in sorted(before) if path.stat().st_mtime_ns != before[path]]
     assert changed == ["part-00002.parquet"]
+    ids = (out / "train.ids").read_bytes()
+    for lost in (out / "train.ids", out / "valid.files"):
+        os.unlink(lost)
+        assert tokens.build(cut, made, out, 0.1, progress=False) == manifest
+    assert (out / "train.ids").read_bytes() == ids
+    (out / "manifest.json").write_text(json.dumps(manifest | {"code": "of an earlier version"}))
+    assert tokens.build(cut, made, out, 0.1, progress=False) == manifest
     with pytest.raises(ValueError, match="holds tokens made with another tokenizer or share; choose another --out"):
         tokens.build(cut, made, out, 0.2, progress=False)
 
