@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from deepseek_coder import languages, repository
 
+from .. import grammars
 from ..files import write_json
 from . import (
     archives,
@@ -71,7 +72,7 @@ _CODE = {
     "dedup": (dedup,),
     "documents": (order, languages, repository, *repository.MODULES),
     "near": (near, minhash),
-    "quality": (quality, syntax, decontaminate, signals, minhash),
+    "quality": (quality, syntax, grammars, decontaminate, signals, minhash, languages),
 }
 
 

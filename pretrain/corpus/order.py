@@ -12,6 +12,7 @@ counted and otherwise ignored.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +64,21 @@ class Document:
     language: str
     paths: list[str]
     texts: list[str]
+
+
+def batches(file: Path, size: int = 1 << 20) -> Iterator[list[dict[str, Any]]]:
+    """The documents of a table, about `size` characters at a time."""
+    rows: list[dict[str, Any]] = []
+    room = size
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            rows.append(row)
+            room -= sum(map(len, row["texts"]))
+            if room < 0:
+                yield rows
+                rows, room = [], size
+    if rows:
+        yield rows
 
 
 def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:

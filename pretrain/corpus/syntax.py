@@ -1,37 +1,11 @@
 """Does a file parse? The paper screened with a compiler; a tree-sitter grammar needs neither headers nor packages.
 
-tree-sitter reads on after an error, so what is measured is how much of a file it could not read. The grammars are
-single wheels: the one package that holds all of them fetches them from the network when first used.
+tree-sitter reads on after an error, so what is measured is how much of a file it could not read.
 """
 
-import importlib
-from functools import cache
+from tree_sitter import Node
 
-from tree_sitter import Language, Node, Parser
-
-# Language -> (module, function); a language without a grammar is not checked.
-_GRAMMARS = {
-    "C": ("tree_sitter_c", "language"),
-    "C#": ("tree_sitter_c_sharp", "language"),
-    "C++": ("tree_sitter_cpp", "language"),
-    "Go": ("tree_sitter_go", "language"),
-    "Java": ("tree_sitter_java", "language"),
-    "JavaScript": ("tree_sitter_javascript", "language"),
-    "Kotlin": ("tree_sitter_kotlin", "language"),
-    "PHP": ("tree_sitter_php", "language_php"),
-    "Python": ("tree_sitter_python", "language"),
-    "Ruby": ("tree_sitter_ruby", "language"),
-    "Rust": ("tree_sitter_rust", "language"),
-    "Scala": ("tree_sitter_scala", "language"),
-    "TypeScript": ("tree_sitter_typescript", "language_typescript"),
-    "TSX": ("tree_sitter_typescript", "language_tsx"),
-}
-
-
-@cache
-def _parser(language: str) -> Parser:
-    module, function = _GRAMMARS[language]
-    return Parser(Language(getattr(importlib.import_module(module), function)()))
+from ..grammars import GRAMMARS, parser
 
 
 def error_share(path: str, language: str, text: str) -> float | None:
@@ -39,21 +13,21 @@ def error_share(path: str, language: str, text: str) -> float | None:
 
     Those are what stands loose in an error. What could be read within one is none: a brace that `#ifdef` has
     twice makes one error of a whole file, with all of its functions in it.
-    A header may be C or C++, and counts as what it reads better as.
+    A header may be C or C++, and counts as what it reads better as; the language is the likelier one.
     """
     if path.endswith(".tsx"):
         language = "TSX"
-    if language not in _GRAMMARS:
+    if language not in GRAMMARS:
         return None
     source = text.encode()
     share = _share(language, source)
     if share and path.endswith(".h"):
-        share = min(share, _share("C++", source))
+        share = min(share, _share("C" if language == "C++" else "C++", source))
     return share
 
 
 def _share(language: str, source: bytes) -> float:
-    root = _parser(language).parse(source).root_node
+    root = parser(language).parse(source).root_node
     wrong = 0
     nodes: list[Node] = [root] if root.has_error else []
     while nodes:
