@@ -186,7 +186,7 @@ def test_training_a_tokenizer_twice_gives_the_same_bytes(prepared):
 
 
 def test_one_expression_for_deepseeks_five(prepared):
-    """The encoder's short cut gives the ids of `tokenizers` for every character, and wherever CJK lines begin and end."""
+    """The short cut gives the ids of `tokenizers` for every character, and wherever CJK lines begin and end."""
     pytest.importorskip("kitoken")
     reference = Tokenizer.load(prepared / "tokenizer")
     chance = random.Random(0)
