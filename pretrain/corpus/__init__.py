@@ -76,7 +76,10 @@ _CODE: dict[str, tuple[ModuleType | str, ...]] = {
     "dedup": (dedup,),
     "documents": (order, languages, repository, *repository.MODULES),
     "near": (near, minhash),
-    "quality": (quality, syntax, grammars, decontaminate, signals, minhash, near, *grammars.PACKAGES),
+    "quality": (
+        *(quality, syntax, grammars, decontaminate, signals, minhash, near, languages),
+        *grammars.PACKAGES,
+    ),
 }
 
 

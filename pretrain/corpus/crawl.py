@@ -37,7 +37,7 @@ from . import archives, licences
 from .clones import clone, folder_of, head
 from .generated import generated
 from .sources import Repository, is_repository
-from .stage import DROPPED, FILES, Result, Shard, add, fingerprint
+from .stage import DROPPED, FILES, Result, Shard, add, fingerprint, tally
 from .vendored import VENDORED, vendored
 
 
@@ -143,7 +143,7 @@ class _Table:
 def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
     files, dropped, manifests, repositories = map(_Table, (FILES, DROPPED, MANIFESTS, REPOSITORIES))
     tables = (files, dropped, manifests)
-    counts: dict[str, Any] = {"files_in": 0, "files": 0, "bytes": 0, "repositories": len(shard.inputs)}
+    counts: dict[str, Any] = {"repositories": len(shard.inputs)}
     cache = Path(limits.cache).expanduser() if limits.cache else out / "cache"
     unread = {}
     for repository in shard.inputs:
@@ -168,13 +168,14 @@ def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
         url = repository.location if repository.kind == "git" else None
         facts = (repository.commit, repository.licence, repository.stars, repository.forks, repository.created)
         repositories.append(repository.name, url, *facts, why)
-    counts |= _tally(files, dropped)
+    kinds = {"part": files, "dropped": dropped, "manifests": manifests, "repositories": repositories}
+    made = {kind: table.finish() for kind, table in kinds.items()}
+    counts |= tally(made["part"], made["dropped"])
     if not limits.cache and not unread:  # all of the shard is in memory: the clones have served
         for repository in shard.inputs:
             if repository.kind == "git":
                 shutil.rmtree(folder_of(repository.location, repository.commit, cache), ignore_errors=True)
-    made = {"part": files, "dropped": dropped, "manifests": manifests, "repositories": repositories}
-    return Result({kind: table.finish() for kind, table in made.items()}, counts, {"unread": unread} if unread else {})
+    return Result(made, counts, {"unread": unread} if unread else {})
 
 
 def _open(repository: Repository, out: Path, cache: Path, limits: Limits) -> tuple[Repository, Iterator[Found]]:
@@ -227,17 +228,6 @@ def _take(
         files.append(repository.name, path, language.name, text)
     licence = repository.licence or licences.detect(licence_texts) or None
     return replace(repository, licence=licence), encodings
-
-
-def _tally(files: _Table, dropped: _Table) -> dict[str, Any]:
-    """As stage.tally does for rows."""
-    counts: dict[str, Any] = {"files_in": len(files.columns[0]) + len(dropped.columns[0]), "files": 0, "bytes": 0}
-    for language, text in zip(files.columns[2], files.columns[3], strict=True):
-        part = {"files": 1, "bytes": len(text) if text.isascii() else len(text.encode())}
-        add(counts, part | {"languages": {language: part}})
-    for reason in dropped.columns[2]:
-        add(counts, {"dropped": {reason: 1}})
-    return counts
 
 
 # ---- which repositories ----------------------------------------------------------------------------------------------

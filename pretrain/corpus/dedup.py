@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..files import replacing
 from . import licences, minhash
-from .stage import DROPPED, FILES, Manifest, Result, Shard, fingerprint, read_rows, tally
+from .stage import DROPPED, Manifest, Result, Shard, fingerprint, read_rows, tally
 
 Ids = NDArray[np.int64]  # a file's or document's place in the corpus
 
@@ -52,6 +53,7 @@ class Dedup:
 DIGESTS = pa.schema([("repo", pa.string()), ("path", pa.string()), ("sha256", pa.binary(32)), ("size", pa.int64())])
 GONE = DROPPED.append(pa.field("original", pa.string()))
 _DECIDED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("original", pa.string())])
+NAMES = pa.large_string()  # of all repositories together they may be longer than 2 GB
 
 _PART = 20_000_000  # digests sorted at once
 
@@ -91,37 +93,35 @@ def _dense(values: list[Any]) -> NDArray[np.int64]:
 
 
 def digest_shard(out: Path, shard: Shard, settings: None) -> Result:
-    rows = read_rows(out / shard.inputs[0], ["repo", "path", "text"])
-    for row in rows:
-        text = row.pop("text").encode()
-        row |= {"sha256": hashlib.sha256(text).digest(), "size": len(text)}
-    return Result({"part": pa.Table.from_pylist(rows, DIGESTS)}, {"files": len(rows)})
+    files = pq.read_table(out / shard.inputs[0], columns=["repo", "path", "text"])
+    digests, sizes = [], []
+    for batch in files.to_batches(max_chunksize=1024):
+        for text in batch["text"].cast(pa.binary()).to_pylist():
+            digests.append(hashlib.sha256(text).digest())
+            sizes.append(len(text))
+    columns = [files["repo"], files["path"], pa.array(digests, pa.binary(32)), pa.array(sizes, pa.int64())]
+    return Result({"part": pa.Table.from_arrays(columns, schema=DIGESTS)}, {"files": len(files)})
 
 
 def decide(out: Path, kept: Manifest, digests: Manifest, ranking: Ranking, settings: Dedup) -> list[Shard]:
     """The shards of `kept`, each with the file that says which rows go, why, and who stays in their place."""
     files = [out / record["outputs"]["part"]["file"] for record in digests["shards"].values()]
-    repos = np.concatenate([_numbers(pq.read_table(file, columns=["repo"])["repo"], ranking) for file in files])
+    repos = np.concatenate([numbers(pq.read_table(file, columns=["repo"])["repo"], ranking) for file in files])
     owner = _owners(files, repos, ranking, np.zeros(len(ranking.names), dtype=bool))
     source = _forks(repos, repos[owner], len(ranking.names), settings.fork_share)
     fork = source >= 0
     if fork.any():  # what only forks have goes with them; what others have too stays with one of those
         owner = _owners(files, repos, ranking, fork)
-    ids = np.arange(len(owner))
-    lost = np.flatnonzero((owner != ids) | fork[repos])
-    originals = _names(files, np.unique(owner[lost]))
-    decisions = {
-        int(i): (
-            ("exact duplicate", originals[int(owner[i])])
-            if owner[i] != i
-            else ("fork", ranking.names[source[repos[i]]])
-        )
-        for i in lost
-    }
-    return write_decisions(out, "dedup", kept, decisions)
+    copy = owner != np.arange(len(owner))
+    lost = np.flatnonzero(copy | fork[repos])
+    originals, place = np.unique(owner[lost], return_inverse=True)
+    names = pa.concat_arrays([names_of(rows_at(files, originals, ["repo", "path"])), pa.array(ranking.names, NAMES)])
+    original = np.where(copy[lost], place, len(originals) + source[repos[lost]])
+    reason = pa.DictionaryArray.from_arrays(pa.array(~copy[lost]).cast(pa.int8()), ["exact duplicate", "fork"])
+    return write_decisions(out, "dedup", kept, lost, reason, pa.DictionaryArray.from_arrays(original, names))
 
 
-def _numbers(names: pa.ChunkedArray, ranking: Ranking) -> NDArray[np.int32]:
+def numbers(names: pa.ChunkedArray, ranking: Ranking) -> NDArray[np.int32]:
     encoded = names.combine_chunks().dictionary_encode()
     table = np.array([ranking.number[name] for name in encoded.dictionary.to_pylist()], dtype=np.int32)
     return table[encoded.indices.to_numpy()] if len(table) else np.zeros(0, dtype=np.int32)
@@ -149,9 +149,16 @@ def _owners(files: list[Path], repos: NDArray[Any], ranking: Ranking, last: NDAr
         group = group.reshape(-1)
         repo = repos[number]
         order = ranking.best_first(group, repo, np.concatenate(sizes), number, last[repo])
-        first = np.concatenate(([True], np.diff(group[order]) > 0)) if len(order) else np.zeros(0, dtype=bool)
-        owner[number[order]] = number[order][np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+        owner[number[order]] = number[order][leaders(group[order])]
     return owner
+
+
+def leaders(groups: NDArray[Any]) -> Ids:
+    """Where the first of each entry's group is; equal groups stand together."""
+    places = np.arange(len(groups))
+    first = np.ones(len(groups), dtype=bool)
+    first[1:] = groups[1:] != groups[:-1]
+    return np.maximum.accumulate(np.where(first, places, 0))
 
 
 def _forks(repos: NDArray[Any], owners: NDArray[Any], count: int, share: float) -> NDArray[np.int64]:
@@ -166,52 +173,64 @@ def _forks(repos: NDArray[Any], owners: NDArray[Any], count: int, share: float) 
     return source
 
 
-def _names(files: list[Path], ids: Ids) -> dict[int, str]:
-    """id -> repository/path, of these ids only."""
-    names: dict[int, str] = {}
+def rows_at(files: list[Path], places: Ids, columns: list[str]) -> pa.Table:
+    """The rows at these places, ascending, of all files one after another; one file at a time is in memory."""
+    found: list[pa.Table] = []
     begin = 0
     for file in files:
         end = begin + pq.read_metadata(file).num_rows
-        mine = ids[np.searchsorted(ids, begin) : np.searchsorted(ids, end)]
-        if len(mine):
-            table = pq.read_table(file, columns=["repo", "path"]).take(mine - begin)
-            names |= {int(i): f"{row['repo']}/{row['path']}" for i, row in zip(mine, table.to_pylist(), strict=True)}
+        low, high = np.searchsorted(places, (begin, end))
+        if high > low or not found:  # the first in any case, for its columns
+            found.append(pq.read_table(file, columns=columns).take(places[low:high] - begin))
         begin = end
-    return names
+    return pa.concat_tables(found)
 
 
-def write_decisions(out: Path, stage: str, inputs: Manifest, decisions: dict[int, tuple[str, str]]) -> list[Shard]:
-    """The shards of the stage that leaves out what was decided: {place in the corpus: (reason, original)}."""
+def names_of(table: pa.Table) -> pa.LargeStringArray:
+    """repository/path of each row."""
+    repos, paths = table["repo"].cast(NAMES), table["path"].cast(NAMES)
+    return pc.binary_join_element_wise(repos, paths, pa.scalar("/", NAMES)).combine_chunks()
+
+
+def write_decisions(
+    out: Path, stage: str, inputs: Manifest, places: Ids, reasons: pa.DictionaryArray, originals: pa.DictionaryArray
+) -> list[Shard]:
+    """The shards of the stage that leaves out the rows at these places in the corpus, ascending: why, and for whom.
+
+    Reasons and names are written out for one shard at a time; of the corpus there is a number for each.
+    """
     (out / stage).mkdir(parents=True, exist_ok=True)
-    places = np.array(sorted(decisions), dtype=np.int64)
     shards = []
     begin = 0
     for name, record in inputs["shards"].items():
         part = record["outputs"]["part"]
-        end = begin + part["rows"]
-        mine = places[np.searchsorted(places, begin) : np.searchsorted(places, end)]
-        rows = [dict(zip(_DECIDED.names, (int(i) - begin, *decisions[int(i)]), strict=True)) for i in mine]
+        low, high = np.searchsorted(places, (begin, begin + part["rows"]))
+        texts = [column[low:high].dictionary_decode().cast(pa.string()) for column in (reasons, originals)]
+        rows = pa.Table.from_arrays([pa.array(places[low:high] - begin), *texts], schema=_DECIDED)
         file = f"{stage}/decided-{name}.parquet"
         table = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, _DECIDED), table, compression="zstd")
+        pq.write_table(rows, table, compression="zstd")
         if not (out / file).is_file() or (out / file).read_bytes() != table.getvalue():
             with replacing(out / file) as temporary:
                 temporary.write_bytes(table.getvalue())
-        key = fingerprint(part["sha256"], rows)
+        key = fingerprint(part["sha256"], rows.to_pylist())
         shards.append(Shard(name, (part["file"], file), key))
-        begin = end
+        begin += part["rows"]
     return shards
 
 
 def keep_shard(out: Path, shard: Shard, settings: None) -> Result:
-    file, decided = shard.inputs
-    gone = {row["row"]: row for row in read_rows(out / decided)}
-    kept, dropped = [], []
-    for number, row in enumerate(read_rows(out / file)):
-        if number in gone:
-            why = {name: gone[number][name] for name in ("reason", "original")}
-            dropped.append({"repo": row["repo"], "path": row["path"]} | why)
-        else:
-            kept.append(row)
-    tables = {"part": pa.Table.from_pylist(kept, FILES), "dropped": pa.Table.from_pylist(dropped, GONE)}
-    return Result(tables, tally(kept, dropped))
+    files, decided = (pq.read_table(out / file) for file in shard.inputs)
+    kept, gone = parted(files, decided)
+    dropped = gone.select(["repo", "path", "reason", "original"])
+    return Result({"part": kept, "dropped": dropped}, tally(kept, dropped))
+
+
+def parted(table: pa.Table, decided: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """(the rows that stay, those that go, with their `reason` and `original`)."""
+    stays = np.ones(len(table), dtype=bool)
+    stays[decided["row"].to_numpy()] = False
+    gone = table.filter(pa.array(~stays))
+    for name in ("reason", "original"):
+        gone = gone.append_column(name, decided[name])
+    return table.filter(pa.array(stays)), gone

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from . import minhash
-from .dedup import GONE, Dedup, Ids, Ranking, write_decisions
-from .order import DOCUMENTS
-from .stage import Manifest, Result, Shard, fingerprint, follow, read_rows, tally_documents
+from .dedup import GONE, Dedup, Ids, Ranking, leaders, names_of, numbers, parted, rows_at, write_decisions
+from .order import batches
+from .stage import Manifest, Result, Shard, fingerprint, follow, tally
 
-_BATCH = 1 << 20  # characters signed at once
 _ROWS = 16_000_000  # band keys sorted at once: with their documents 256 MB
 _PAIRS = 500_000  # compared at once: with 256 bytes for each of two documents 256 MB
 _TRIES = 4
@@ -55,7 +55,12 @@ def sign_shard(out: Path, shard: Shard, settings: Signing) -> Result:
     repos: list[str] = []
     first_paths: list[str] = []
     sizes: list[int] = []
-    for begin, texts in _batches(out / shard.inputs[0], repos, first_paths, sizes):
+    for documents in batches(out / shard.inputs[0]):
+        begin = len(sizes)
+        texts = ["".join(map(bare, row["paths"], row["texts"])).encode() for row in documents]
+        repos += [row["repo"] for row in documents]
+        first_paths += [row["paths"][0] for row in documents]
+        sizes += map(len, texts)
         found = minhash.signatures(texts, settings.ngram, settings.permutations)
         signatures.append(found.astype(np.uint8))
         some = np.flatnonzero((found != 0xFFFFFFFF).any(axis=1))  # too short for a single n-gram: like nothing else
@@ -73,25 +78,6 @@ def sign_shard(out: Path, shard: Shard, settings: Signing) -> Result:
         mine = bucket == number
         tables[f"bands{number}"] = pa.table({"key": key[mine], "row": row[mine].astype(np.uint32)})
     return Result(tables, {"documents": len(data), "bytes": sum(sizes)})
-
-
-def _batches(file: Path, repos: list[str], paths: list[str], sizes: list[int]) -> Any:
-    """(row of the first, texts) of about _BATCH bytes of documents at a time; the lists grow by what was read."""
-    texts: list[bytes] = []
-    room = _BATCH
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            text = "".join(bare(path, text) for path, text in zip(row["paths"], row["texts"], strict=True)).encode()
-            repos.append(row["repo"])
-            paths.append(row["paths"][0])
-            sizes.append(len(text))
-            texts.append(text)
-            room -= len(text)
-            if room < 0:
-                yield len(sizes) - len(texts), texts
-                texts, room = [], _BATCH
-    if texts:
-        yield len(sizes) - len(texts), texts
 
 
 def bare(path: str, text: str) -> str:
@@ -126,10 +112,10 @@ def match_shard(out: Path, shard: Shard, settings: Dedup) -> Result:
     compared = 0
     known = np.zeros(0, dtype=_PAIR)
     for _ in range(_TRIES):
-        first = np.concatenate(([True], keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, dtype=bool)
-        centre = ids[np.maximum.accumulate(np.where(first, np.arange(len(ids)), 0))]
-        keys, pairs = keys[~first], _pairs(centre[~first], ids[~first])
-        ids = ids[~first]
+        lead = leaders(keys)
+        other = lead != np.arange(len(keys))
+        pairs = _pairs(ids[lead[other]], ids[other])
+        keys, ids = keys[other], ids[other]
         unique, inverse = np.unique(pairs, return_inverse=True)
         new = unique[~np.isin(unique, known)]
         estimate = similarities(out, new, files, offsets, settings.permutations)
@@ -204,36 +190,21 @@ def decide(out: Path, documents: Manifest, signed: Manifest, matched: Manifest, 
     pairs = [pq.read_table(out / shard.inputs[0]) for shard in follow((matched, "part"))]
     ends = [np.concatenate([pair[side].to_numpy() for pair in pairs]).astype(np.int64) for side in "ab"]
     ids, groups = clusters(*ends)
-    rows: list[dict[str, Any]] = []
-    begin = 0
-    for record in signed["shards"].values():
-        part = record["outputs"]["part"]
-        mine = ids[np.searchsorted(ids, begin) : np.searchsorted(ids, begin + part["rows"])]
-        if len(mine):
-            table = pq.read_table(out / part["file"], columns=["repo", "path", "size"])
-            rows += table.take(mine - begin).to_pylist()
-        begin += part["rows"]
-    repos = np.array([ranking.number[row["repo"]] for row in rows], dtype=np.int64)
-    sizes = np.array([row["size"] for row in rows], dtype=np.int64)
-    decisions = {}
-    kept: dict[int, str] = {}  # by cluster
-    for place in ranking.best_first(groups, repos, sizes, ids):
-        name = f"{rows[place]['repo']}/{rows[place]['path']}"
-        best = kept.setdefault(int(groups[place]), name)
-        if best is not name:
-            decisions[int(ids[place])] = ("near duplicate", best)
-    return write_decisions(out, "near", documents, decisions)
+    files = [out / record["outputs"]["part"]["file"] for record in signed["shards"].values()]
+    known = rows_at(files, ids, ["repo", "path", "size"])
+    order = ranking.best_first(groups, numbers(known["repo"], ranking).astype(np.int64), known["size"].to_numpy(), ids)
+    best = np.empty_like(order)  # by document: the one that stays for it
+    best[order] = order[leaders(groups[order])]
+    lost = np.flatnonzero(best != np.arange(len(best)))
+    originals = pa.DictionaryArray.from_arrays(best[lost], names_of(known))
+    reasons = pa.DictionaryArray.from_arrays(np.zeros(len(lost), dtype=np.int8), ["near duplicate"])
+    return write_decisions(out, "near", documents, ids[lost], reasons, originals)
 
 
 def keep_shard(out: Path, shard: Shard, settings: None) -> Result:
-    file, decided = shard.inputs
-    gone = {row["row"]: row for row in read_rows(out / decided)}
-    kept, dropped = [], []
-    for number, row in enumerate(read_rows(out / file)):
-        if number in gone:
-            why = {name: gone[number][name] for name in ("reason", "original")}
-            dropped += [{"repo": row["repo"], "path": path} | why for path in row["paths"]]
-        else:
-            kept.append(row)
-    tables = {"part": pa.Table.from_pylist(kept, DOCUMENTS), "dropped": pa.Table.from_pylist(dropped, GONE)}
-    return Result(tables, tally_documents(kept, dropped) | {"documents_dropped": len(gone)})
+    documents, decided = (pq.read_table(out / file) for file in shard.inputs)
+    kept, gone = parted(documents, decided)
+    document = pc.list_parent_indices(gone["paths"])
+    files = [pc.list_flatten(gone["paths"]), *(gone[name].take(document) for name in ("reason", "original"))]
+    dropped = pa.Table.from_arrays([gone["repo"].take(document), *files], schema=GONE)
+    return Result({"part": kept, "dropped": dropped}, tally(kept, dropped) | {"documents_dropped": len(gone)})

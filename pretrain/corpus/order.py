@@ -12,25 +12,23 @@ file is counted and otherwise ignored.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deepseek_coder import repository
 
 from .stage import Result, Shard, add, read_rows
 
-DOCUMENTS = pa.schema(
-    [
-        ("repo", pa.string()),
-        ("language", pa.string()),
-        ("paths", pa.list_(pa.string())),
-        ("texts", pa.list_(pa.string())),
-    ]
-)
+_STRINGS = pa.list_(
+    pa.field("element", pa.string())
+)  # parquet's name for it: a table read and written is the same file
+DOCUMENTS = pa.schema([("repo", pa.string()), ("language", pa.string()), ("paths", _STRINGS), ("texts", _STRINGS)])
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,21 @@ class Document:
     language: str
     paths: list[str]
     texts: list[str]
+
+
+def batches(file: Path, size: int = 1 << 20) -> Iterator[list[dict[str, Any]]]:
+    """The documents of a table, about `size` characters at a time."""
+    rows: list[dict[str, Any]] = []
+    room = size
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            rows.append(row)
+            room -= sum(map(len, row["texts"]))
+            if room < 0:
+                yield rows
+                rows, room = [], size
+    if rows:
+        yield rows
 
 
 def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:

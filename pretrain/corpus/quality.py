@@ -12,15 +12,20 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from deepseek_coder.languages import language_of
+
 from . import decontaminate, minhash, signals, syntax
 from .near import bare
-from .order import DOCUMENTS
-from .stage import DROPPED, Manifest, Result, Shard, fingerprint, follow, read_rows, tally_documents
+from .order import DOCUMENTS, batches
+from .stage import DROPPED, Manifest, Result, Shard, fingerprint, follow, tally
+
+Scorer = Callable[[str, str, str], float]
 
 
 @dataclass(frozen=True)
@@ -76,41 +81,28 @@ def screen_shard(out: Path, shard: Shard, settings: Quality) -> Result:
     if settings.tests:
         tests = decontaminate.load(settings.tests, versions, settings.ngram, settings.shortest)
     kept, dropped, scores = [], [], []
-    for row in read_rows(out / file):
-        texts = [bare(path, text) for path, text in zip(row["paths"], row["texts"], strict=True)]
-        tested = tests.found_in([text.encode() for text in texts]) if tests else [False] * len(texts)
-        stays = []
-        for path, text, in_tests in zip(row["paths"], texts, tested, strict=True):
-            wrong = syntax.error_share(path, row["language"], text) if settings.syntax else None
-            score = float(scorer(path, row["language"], text)) if scorer else None
-            about = {
-                "repo": row["repo"],
-                "path": path,
-                "language": row["language"],
-                "error_share": wrong,
-                "score": score,
-            }
-            scores.append(about | (signals.signals(row["language"], text) if settings.signals else {}))
-            reason = ""
-            if in_tests:
-                reason = "test data"
-            elif wrong is not None and wrong > settings.max_error_share:
-                reason = "syntax errors"
-            elif score is not None and not score >= settings.min_score:  # not-a-number is no score
-                reason = "score"
-            stays.append(not reason)
-            if reason:
-                dropped.append({"repo": row["repo"], "path": path, "reason": reason})
-        if any(stays):
-            for name in ("paths", "texts"):
-                row[name] = [value for value, stay in zip(row[name], stays, strict=True) if stay]
-            kept.append(row)
+    for rows in batches(out / file):
+        texts = [list(map(bare, row["paths"], row["texts"])) for row in rows]
+        tested = iter(tests.found_in([text.encode() for some in texts for text in some]) if tests else repeat(False))
+        for row, some in zip(rows, texts, strict=True):
+            stays = []
+            for path, text, in_tests in zip(row["paths"], some, tested):  # noqa: B905 (an iterator over all rows)
+                about, reason = _judged(path, row["language"], text, settings, scorer)
+                reason = "test data" if in_tests else reason
+                scores.append({"repo": row["repo"]} | about)
+                stays.append(not reason)
+                if reason:
+                    dropped.append({"repo": row["repo"], "path": path, "reason": reason})
+            if any(stays):
+                for name in ("paths", "texts"):
+                    row[name] = list(compress(row[name], stays))
+                kept.append(row)
     tables = {
         "part": pa.Table.from_pylist(kept, DOCUMENTS),
         "dropped": pa.Table.from_pylist(dropped, DROPPED),
         "scores": pa.Table.from_pylist(scores, SCORES),
     }
-    return Result(tables, tally_documents(kept, dropped))
+    return Result(tables, tally(tables["part"], tables["dropped"]))
 
 
 def _version(scorer: Callable[..., Any] | None) -> str:
@@ -122,7 +114,22 @@ def _version(scorer: Callable[..., Any] | None) -> str:
     )
 
 
-def _scorer(entry: str) -> Callable[[str, str, str], float] | None:
+def _judged(
+    path: str, document_language: str, text: str, settings: Quality, scorer: Scorer | None
+) -> tuple[dict[str, Any], str]:
+    """What is measured of a file, and why it goes, or ""."""
+    own = language_of(path)  # a file in Kotlin may stand among many in Java, but a header is of its document's language
+    language = document_language if own is None or path.endswith(".h") else own.name
+    wrong = syntax.error_share(path, language, text) if settings.syntax else None
+    score = float(scorer(path, language, text)) if scorer else None
+    about: dict[str, Any] = {"path": path, "language": language, "error_share": wrong, "score": score}
+    about |= signals.signals(language, text) if settings.signals else {}
+    if wrong is not None and wrong > settings.max_error_share:
+        return about, "syntax errors"
+    return about, "score" if score is not None and not score >= settings.min_score else ""  # not-a-number is no score
+
+
+def _scorer(entry: str) -> Scorer | None:
     if not entry:
         return None
     module, _, function = entry.partition(":")

@@ -28,7 +28,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -205,27 +207,33 @@ def add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
             total[key] = total.get(key, 0) + value
 
 
-def tally(kept: list[dict[str, Any]], dropped: list[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of a stage that keeps some files and drops others: files, UTF-8 bytes, languages, reasons."""
-    counts: dict[str, Any] = {"files_in": len(kept) + len(dropped), "files": 0, "bytes": 0}
-    for row in kept:
-        size = len(row["text"].encode())
-        add(counts, {"files": 1, "bytes": size, "languages": {row["language"]: {"files": 1, "bytes": size}}})
-    for row in dropped:
-        add(counts, {"dropped": {row["reason"]: 1}})
+def tally(kept: pa.Table, dropped: pa.Table) -> dict[str, Any]:
+    """The counts of a stage that keeps some files and drops others: files, UTF-8 bytes, languages, reasons.
+
+    kept: files (FILES), or documents, which are counted too; dropped: files.
+    """
+    counts: dict[str, Any] = {"files_in": len(dropped), "files": 0, "bytes": 0}
+    if "text" in kept.column_names:
+        sizes = pc.binary_length(kept["text"]).to_pylist()
+        parts = [{"files": 1, "bytes": size} for size in sizes]
+    else:
+        counts["documents"] = 0
+        parts = [{"documents": 1, "files": files, "bytes": size} for files, size in zip(*extents(kept), strict=True)]
+    for language, part in zip(kept["language"].to_pylist(), parts, strict=True):
+        add(counts, part | {"files_in": part["files"], "languages": {language: part}})
+    for reason in dropped["reason"].to_pylist():
+        add(counts, {"dropped": {reason: 1}})
     return counts
 
 
-def tally_documents(kept: list[dict[str, Any]], dropped: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same of a stage of documents; `dropped` are files."""
-    counts: dict[str, Any] = {"files_in": len(dropped), "documents": 0, "files": 0, "bytes": 0}
-    for row in kept:
-        files = len(row["paths"])
-        size = {"documents": 1, "files": files, "bytes": sum(len(text.encode()) for text in row["texts"])}
-        add(counts, size | {"files_in": files, "languages": {row["language"]: size}})
-    for row in dropped:
-        add(counts, {"dropped": {row["reason"]: 1}})
-    return counts
+def extents(documents: pa.Table) -> tuple[list[int], list[int]]:
+    """(number of files, UTF-8 bytes) of each document."""
+    files = pc.list_value_length(documents["texts"]).to_numpy()
+    ends = np.cumsum(files, dtype=np.int64)
+    bytes_before = np.append(
+        0, np.cumsum(pc.binary_length(pc.list_flatten(documents["texts"])).to_numpy(), dtype=np.int64)
+    )
+    return files.tolist(), (bytes_before[ends] - bytes_before[ends - files]).tolist()
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:

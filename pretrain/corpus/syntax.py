@@ -13,7 +13,7 @@ def error_share(path: str, language: str, text: str) -> float | None:
 
     Those are what stands loose in an error. What could be read within one is none: a brace that `#ifdef` has
     twice makes one error of a whole file, with all of its functions in it.
-    A header may be C or C++, and counts as what it reads better as.
+    A header may be C or C++, and counts as what it reads better as; the language is the likelier one.
     """
     if path.endswith(".tsx"):
         language = "TSX"
@@ -22,7 +22,7 @@ def error_share(path: str, language: str, text: str) -> float | None:
     source = text.encode()
     share = _share(language, source)
     if share and path.endswith(".h"):
-        share = min(share, _share("C++", source))
+        share = min(share, _share("C" if language == "C++" else "C++", source))
     return share
 
 

@@ -51,6 +51,18 @@ def test_syntax_of_others():
     assert syntax.error_share("a.py", "Python", "(" * 100_000) >= 0
 
 
+def test_a_file_is_read_by_its_own_grammar(tmp_path):
+    """Not by that of most of its document: types are no errors in a TypeScript file among JavaScript ones."""
+    source = tmp_path / "repo"
+    source.mkdir()
+    (source / "types.ts").write_text("export interface A { readonly b: Map<string, number>; c?: (d: A) => void }\n" * 5)
+    for name in ("one", "two", "three"):
+        (source / f"{name}.js").write_text("import {A} from './types';\nexport const value = new A();\n" * 9)
+    corpus.build([str(source)], tmp_path / "out", progress=False)
+    (document,) = corpus.documents(tmp_path / "out")
+    assert (document.language, document.paths[0], len(document.paths)) == ("JavaScript", "types.ts", 2)
+
+
 def test_syntax_of_real_files():
     files = sorted(Path(networkx.__file__).parent.rglob("*.py"))[:60]
     assert all(syntax.error_share(path.name, "Python", path.read_text()) == 0 for path in files)

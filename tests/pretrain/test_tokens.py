@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -189,3 +190,16 @@ def test_training_a_tokenizer_twice_gives_the_same_bytes(prepared):
     first = tokenizer.train(texts, 600).files
     assert tokenizer.train(texts, 600).files == first
     assert tokenizer.train(texts[::-1], 600).files == first
+
+
+def test_one_expression_for_deepseeks_five(prepared):
+    """The short cut gives the ids of `tokenizers` for every character, and wherever CJK lines begin and end."""
+    pytest.importorskip("kitoken")
+    reference = Tokenizer.load(prepared / "tokenizer")
+    chance = random.Random(0)
+    characters = " \t\n\r\x0b\x85\xa0ab1²½③Ⅷé中　。—“+$^|=_.,(…🙂\u2028\u0301가ࠀ"
+    texts = ["".join(map(chr, range(begin, begin + 256))) for begin in range(0, 0x3400, 256)]
+    texts += ["".join(chance.choices(characters, k=chance.randrange(40))) for _ in range(2000)]
+    assert all("".join(tokens._runs(text)) == text for text in texts)
+    assert any(len(tokens._runs(text)) > 3 for text in texts)
+    assert tokens._kitoken(reference)(texts) == reference.encode_batch(texts)
