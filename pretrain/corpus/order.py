@@ -25,9 +25,8 @@ from deepseek_coder import repository
 
 from .stage import Result, Shard, add, read_rows
 
-_STRINGS = pa.list_(
-    pa.field("element", pa.string())
-)  # parquet's name for it: a table read and written is the same file
+# Parquet's name for an element, so that a table read and written is the same file.
+_STRINGS = pa.list_(pa.field("element", pa.string()))
 DOCUMENTS = pa.schema([("repo", pa.string()), ("language", pa.string()), ("paths", _STRINGS), ("texts", _STRINGS)])
 
 
