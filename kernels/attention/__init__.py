@@ -9,10 +9,12 @@ has an op of its own, whose backward fills the three views of a single dqkv.
 With S = scale Q K^T and lse = log sum exp(S), every backend keeps (out, lse), and can run any other's backward.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import reference
 from ..dispatch import check, custom_op, use_hopper, use_triton
@@ -190,11 +192,24 @@ def _check_lengths(name: str, x: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     )
 
 
-def _steps(batch: int, length: int, device: torch.device) -> Tensor:
-    """cu_seqlens of `batch` documents of one length."""
+def _make_steps(batch: int, length: int, device: torch.device) -> Tensor:
     if length == 0:
         return torch.zeros(batch + 1, dtype=torch.int32, device=device)
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_steps(batch: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # for every use; and done when it returns, for every stream
+        return _make_steps(batch, length, torch.device("cpu")).to(device)
+
+
+def _steps(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of `batch` documents of one length; kept, since making them takes a launch."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or device.type != "cuda":
+        return _make_steps(batch, length, device)
+    capturing = torch.cuda.is_current_stream_capturing()  # a graph cannot wait for a copy
+    return (_make_steps if capturing else _kept_steps)(batch, length, device)
 
 
 def _scale(softmax_scale: float | None, head_dim: int) -> float:

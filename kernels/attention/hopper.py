@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dispatch import Launcher
 from .hopper_backward import backward_kernel
@@ -67,7 +68,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_launch_forward = Launcher(forward_kernel, num_warps=4, maxnreg=168)
+_launch_forward = Launcher(forward_kernel, num_warps=4, maxnreg=168, launch_pdl=True)
 
 
 def attention(
@@ -81,7 +82,7 @@ def attention(
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     items, tiles = schedule(cu_q, cu_k, total, QUERIES, KEYS, causal, backward=False, lightest=False)
     group, kv_heads = heads // k.shape[1], k.shape[1]
-    block = group * heads_in_cache(kv_heads, 2 * k.shape[0] * head_dim * k.element_size())
+    block = group * heads_in_cache(kv_heads, k.shape[0], head_dim, k.element_size())
     _launch_forward(
         (min(_multiprocessors(q.device), tiles * heads), 1, 1), _key(q, k, v),
         _head_descriptor(q, 64), _head_descriptor(k, KEYS), _head_descriptor(v, KEYS), _head_descriptor(out, 64),
@@ -110,7 +111,8 @@ def _prepare_kernel(
     dout, out, lse, dlse, lse_padded, delta_padded, dq_sum, turns, cu_q, documents, total, padded_total,
     dout_row, dout_head, out_row, out_head, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2 and delta = rowsum(dO * O) - dlse, padded; dq_sum = 0, turns = 0."""
+    """lse in base 2 and delta = rowsum(dO * O) - dlse, padded; dq_sum = 0, turns = 0. Behind `schedule`."""
+    gdc_launch_dependents()
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     row, mask, padded = _padded_tile(cu_q, documents, tile, ROWS)
@@ -127,6 +129,7 @@ def _prepare_kernel(
     tl.store(delta_padded + padded, delta)
     tl.store(dq_sum + padded[:, None] * D + d, tl.zeros((ROWS, D), tl.float32))  # in whatever order
     tl.store(turns + head * (padded_total // ROWS) + tile, 0)
+    gdc_wait()  # whoever waits for this kernel waits for the one before it too
 
 
 @triton.jit(do_not_specialize=["documents", "padded_total"], do_not_specialize_on_alignment=["cu_q"])
@@ -134,6 +137,7 @@ def _finish_kernel(
     dq_sum, dq, cu_q, documents, padded_total, scale, dq_row, dq_head, D: tl.constexpr, ROWS: tl.constexpr
 ):
     """dq = scale * dq_sum, out of its padded rows and the order of `hopper_backward._dq_add`."""
+    gdc_wait()
     head = tl.program_id(1).to(tl.int64)
     row, mask, _ = _padded_tile(cu_q, documents, tl.program_id(0), ROWS)
     first = head * padded_total + tl.program_id(0).to(tl.int64) * ROWS
@@ -145,9 +149,10 @@ def _finish_kernel(
     tl.store(at, x.to(dq.dtype.element_ty), mask=mask[:, None])
 
 
-_launch_prepare = Launcher(_prepare_kernel, num_warps=4)
-_launch_backward = Launcher(backward_kernel, num_warps=4, maxnreg=168)
-_launch_finish = Launcher(_finish_kernel, num_warps=4)
+# Each of a pass's kernels begins while the one before it still runs, and waits for its end where it needs it.
+_launch_prepare = Launcher(_prepare_kernel, num_warps=4, launch_pdl=True)
+_launch_backward = Launcher(backward_kernel, num_warps=4, maxnreg=168, launch_pdl=True)
+_launch_finish = Launcher(_finish_kernel, num_warps=4, launch_pdl=True)
 
 
 def attention_backward(
@@ -165,18 +170,18 @@ def attention_backward(
     lse_padded, delta_padded = torch.empty((2, heads * padded_total), dtype=torch.float32, device=device)
     dq_sum = torch.empty(heads * padded_total * head_dim, dtype=torch.float32, device=device)
     turns = torch.empty(heads * padded_tiles, dtype=torch.int32, device=device)
+    items, tiles = schedule(
+        cu_k, cu_q, k.shape[0], BACKWARD_KEYS, BACKWARD_QUERIES, causal, backward=True, lightest=deterministic
+    )
     key = _key(q, k, v, dout, out, dq, dk, dv)
     _launch_prepare(
         (padded_tiles, heads, 1), key and (*key, dlse is None),
         dout, out, lse, dlse, lse_padded, delta_padded, dq_sum, turns, cu_q, documents, total, padded_total,
         dout.stride(0), dout.stride(1), out.stride(0), out.stride(1), D=head_dim, ROWS=BACKWARD_QUERIES,
     )  # fmt: skip
-    items, tiles = schedule(
-        cu_k, cu_q, k.shape[0], BACKWARD_KEYS, BACKWARD_QUERIES, causal, backward=True, lightest=deterministic
-    )
     group = heads // kv_heads
     dk_parts, dv_parts = (dk, dv) if group == 1 else make_parts(k, heads)
-    block = heads_in_cache(heads, total * head_dim * (2 * q.element_size() + 4))  # Q, dO and fp32 dQ
+    block = heads_in_cache(heads, total, head_dim, q.element_size())
     _launch_backward(
         (min(_multiprocessors(device), tiles * heads), 1, 1), key and (*key, group == 1),
         _head_descriptor(q, BACKWARD_QUERIES), _head_descriptor(k, 64), _head_descriptor(v, 64),

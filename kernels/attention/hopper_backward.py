@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .persistent import Work, locate, make_ring, take, thread_barrier, told
 from .schedule import COLUMNS
@@ -364,6 +365,7 @@ def backward_kernel(
     bufs = Buffers(k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s)
     ring = make_ring(3 if DETERMINISTIC else 2)
     fence_async_shared()
+    gdc_wait()  # for the list, and what was made before it
     tiles = gl.load(items + num_tiles * COLUMNS)
     work = Work(ring, items, tiles, tiles * heads, block)
     shared = (desc, bars, bufs, work, padded_total)

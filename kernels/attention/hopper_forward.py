@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .persistent import Work, locate, make_ring, take, thread_barrier, told
 from .schedule import COLUMNS
@@ -322,6 +323,7 @@ def forward_kernel(
     strides = Strides(q_head, k_head, v_head, o_head)
     ring = make_ring(CONSUMERS)
     fence_async_shared()
+    gdc_wait()  # for the list, and what was made before it
     tiles = gl.load(items + num_tiles * COLUMNS)
     work = Work(ring, items, tiles, tiles * heads, block)
     shared = (desc, bars, bufs, work, strides)

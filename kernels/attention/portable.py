@@ -364,9 +364,11 @@ L2_BYTES = 20 << 20  # of the cache: on Hopper, a part of its 50 MB is copies of
 
 
 @functools.lru_cache(maxsize=1024)
-def heads_in_cache(heads: int, bytes_per_head: int) -> int:
-    """How many heads are worked on together: as many as divide `heads` and keep their data in the L2 cache."""
-    return max((n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_per_head <= L2_BYTES), default=1)
+def heads_in_cache(heads: int, rows: int, head_dim: int, element_size: int) -> int:
+    """How many heads are worked on together: as many as divide `heads` and keep in the L2 cache what they read again
+    and again, and as much that passes through: four tensors in all."""
+    size = 4 * rows * head_dim * element_size
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and n * size <= L2_BYTES), default=1)
 
 
 def attention(
@@ -380,7 +382,7 @@ def attention(
     blocks = block_sizes("forward", head_dim, q.dtype, shared_memory(q.device))
     if total:
         tiles = total // blocks["BLOCK_M"] + documents
-        block = group * heads_in_cache(k.shape[1], 2 * k.shape[0] * head_dim * k.element_size())
+        block = group * heads_in_cache(k.shape[1], k.shape[0], head_dim, k.element_size())
         _forward_kernel[(tiles * heads,)](
             q, k, v, out, lse, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
             documents, tiles, heads, block, scale,
@@ -404,11 +406,10 @@ def attention_backward(
     delta = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     constants = {"GROUP": group, "D": head_dim, "CAUSAL": causal, "UPCAST": _upcast(q)}
     strides = tuple(x.stride(i) for x in (q, k, v, dout) for i in (0, 1))
-    bytes_per_row = 2 * head_dim * q.element_size()  # of K and V, or Q and dO
     if total:
         blocks = block_sizes("dq", head_dim, q.dtype, shared_memory(q.device))
         tiles = total // blocks["BLOCK_M"] + documents
-        block = group * heads_in_cache(kv_heads, k.shape[0] * bytes_per_row)
+        block = group * heads_in_cache(kv_heads, k.shape[0], head_dim, q.element_size())
         _dq_kernel[(tiles * heads,)](
             q, k, v, dout, out, lse, dlse, delta, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
             *strides, total, dq.stride(0), dq.stride(1), **constants, **blocks,
@@ -416,7 +417,7 @@ def attention_backward(
     if k.shape[0]:
         blocks = block_sizes("dkdv", head_dim, q.dtype, shared_memory(q.device))
         tiles = k.shape[0] // blocks["BLOCK_N"] + documents
-        block = heads_in_cache(heads, total * bytes_per_row)
+        block = heads_in_cache(heads, total, head_dim, q.element_size())
         dk_parts, dv_parts = (dk, dv) if group == 1 else make_parts(k, heads)
         part_strides = tuple(x.stride(i) for x in (dk_parts, dv_parts) for i in (0, 1))
         _dkdv_kernel[(tiles * heads,)](

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..dispatch import Launcher
+from ..dispatch import Launcher, early_launch
 from .portable import find_document
 
 # Of an item: its first row, and how many rows its document has from there on; then
@@ -53,8 +54,10 @@ def _weigh(
 def _schedule_kernel(
     items, cu_own, cu_other, documents, tiles,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, BACKWARD: tl.constexpr, LIGHTEST: tl.constexpr,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()  # whoever works on the list begins, and waits for its end
     tile = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     document, start, first, rows, other_start, other, begin, end, weight = _weigh(
         cu_own, cu_other, documents, tile, tiles, OWN, OTHER, CAUSAL, BACKWARD
@@ -104,5 +107,6 @@ def schedule(
     _launch(
         ((tiles + 127) // 128, 1, 1), (cu_own.device,), items, cu_own, cu_other, documents, tiles,
         OWN=own, OTHER=other, CAUSAL=causal, BACKWARD=backward, LIGHTEST=lightest, WIDTH=COLUMNS.value, SIZE=128,
+        EARLY=early_launch(items.device),
     )  # fmt: skip
     return items, tiles
