@@ -27,7 +27,8 @@ from ..dispatch import early_launch, interpreting, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MIN_SPLIT = 256  # keys: a shorter range is over before it is worth its partial result
+MIN_SPLIT = 128  # keys: a shorter range is over before it is worth its partial result
+COMBINED = 64  # ranges that are added up at a time: part of the order of the sum
 
 
 def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool) -> dict[str, int]:
@@ -39,8 +40,8 @@ def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool) -> di
     elif dtype == torch.float32:  # no tensor cores: operands in registers
         m, n, warps, stages = 16, 32, 8, 2
     else:
-        m, n = min(128, max(16, next_power_of_2(rows))), 64 if head_dim > 64 else 128
-        warps, stages = 4 if m <= 64 else 8, 7 if paged else 4
+        m, n = min(128, max(16, next_power_of_2(rows))), (32 if paged else 64) * (1 if head_dim > 64 else 2)
+        warps, stages = 4 if m <= 64 else 8, 6 if paged else 4
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -164,8 +165,7 @@ def _combine_kernel(
         split = start + tl.arange(0, BLOCK)
         part = split.to(tl.int64) * rows + row
         x = tl.load(partial_lse + part, mask=split < splits, other=-float("inf"))
-        some = x > -float("inf")
-        parts = tl.load(partial + part[:, None] * D + at[None, :], mask=some[:, None], other=0.0)
+        parts = tl.load(partial + part[:, None] * D + at[None, :], mask=(split < splits)[:, None], other=0.0)
         new_m = tl.maximum(m, tl.max(x, 0))
         safe = tl.where(new_m == -float("inf"), 0.0, new_m)
         weight = tl.exp2(x - safe)
@@ -228,8 +228,10 @@ def attention_with_kvcache(
             UPCAST=interpreted_bf16, EARLY=early, **sizes,
         )  # fmt: skip
         if num_splits > 1:
+            # With a fixed split size the order of the sum must not depend on how many ranges there could be.
+            block = COMBINED if split_size else min(COMBINED, max(8, next_power_of_2(num_splits)))
             _combine_kernel[(rows,)](
-                partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=32, num_warps=4,
-                launch_pdl=early,
+                partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=block,
+                num_warps=max(1, block // 16), launch_pdl=early,
             )  # fmt: skip
     return out, lse

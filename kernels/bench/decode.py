@@ -49,7 +49,7 @@ def flashinfer(
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     batch, heads, kv_heads = q.shape[0], q.shape[2], cache.shape[3]
-    workspace = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    workspace = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
     pages = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * table.shape[1]
     last = torch.full((batch,), (length - 1) % PAGE + 1, device="cuda", dtype=torch.int32)

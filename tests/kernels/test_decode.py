@@ -193,11 +193,11 @@ def test_split_count():
 
     assert split_count(16, 16384, 264) == 16  # 256 programs of 264 at a time
     assert split_count(256, 16384, 264) == 1  # as good as full
-    assert split_count(1, 16384, 264) == 61  # no range shorter than 256 keys
+    assert split_count(1, 16384, 264) == 122  # no range shorter than 128 keys
     assert split_count(1, 100, 264) == 1
     assert split_count(144, 16384, 264) > 1  # one split would leave half of them idle
     for programs in range(1, 600):
-        assert 1 <= split_count(programs, 16384, 264) <= 64
+        assert 1 <= split_count(programs, 16384, 264) <= 128
 
 
 def test_head_dim_without_a_kernel(triton, device):
