@@ -1,6 +1,6 @@
 """The head's matrix product and the cross-entropy, without ever holding all logits.
 
-    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, CHUNK_ELEMENTS at a time
+    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, as many as `WORKSPACE` allows
     loss = sum over valid tokens of  lse - logits[target] + z_loss * lse^2,    lse = log sum exp(logits), fp32
     dlogits = softmax(logits) * (1 + 2 z_loss lse) - onehot(target)            zero for ignored tokens
     dhidden = dlogits weight,    dweight = dlogits^T hidden
@@ -8,8 +8,8 @@
 The trick: dlogits depends on the incoming gradient only through one scalar factor, so both gradients can be made in the
 forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's
 logits with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32, inside the
-products: in bf16 the later chunks would vanish in the rounding of the sum. Chunks are as large as memory allows, since
-each of them reads and writes that sum once.
+products: in bf16 the later chunks would vanish in the rounding of the sum. Each chunk reads and writes that sum once,
+so few large chunks are faster and many small ones need less memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .dispatch import Kernel, check, next_power_of_2, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
-CHUNK_ELEMENTS = 2**28  # logits held at a time: 8322 tokens of a vocabulary of 32,256, 512 MiB in bf16
+WORKSPACE = 500 << 20  # bytes beside the results: a chunk's logits, and what the weight's fp32 sum has more than they
+SMALLEST_CHUNK = 0.6  # of the weight's bytes: beside its sum little, and smaller chunks cost much
 
 
 @Kernel
@@ -48,7 +49,8 @@ def _cross_entropy_kernel(
         m = -float("inf")
         total = 0.0
         for start in range(0, vocab, BLOCK):
-            block = tl.load(x + start + at, mask=start + at < vocab, other=-float("inf")).to(tl.float32)
+            block = tl.load(x + start + at, mask=start + at < vocab, other=-float("inf"), eviction_policy="evict_last")
+            block = block.to(tl.float32)
             new = tl.maximum(m, tl.max(block, axis=0))
             total = total * tl.exp(m - new) + tl.sum(tl.exp(block - new), axis=0)
             m = new
@@ -59,17 +61,27 @@ def _cross_entropy_kernel(
             factor = 1.0 + 2.0 * z * lse
             for start in range(0, vocab, BLOCK):
                 mask = start + at < vocab
-                block = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
+                block = tl.load(x + start + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 d = tl.exp(block - lse) * factor - tl.where(start + at == target, 1.0, 0.0)
                 tl.store(x + start + at, d.to(logits.dtype.element_ty), mask=mask)
+
+
+@Kernel
+def _scale_kernel(gradient, factor, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(gradient + at, mask=at < count).to(tl.float32)
+    tl.store(out + at, (x * tl.load(factor)).to(out.dtype.element_ty), mask=at < count)
+
+
+def _unsupported(x: Tensor) -> str | None:
+    return "the Triton kernels do not compute in float64" if x.dtype == torch.float64 else None
 
 
 def _cross_entropy_(
     logits: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, z_loss: float, gradient: bool
 ) -> None:
     """reference.cross_entropy_, by whichever backend is chosen."""
-    unsupported = "the Triton kernels do not compute in float64" if logits.dtype == torch.float64 else None
-    if use_triton(logits, unsupported):
+    if use_triton(logits, _unsupported(logits)):
         # So few rows at a time that the second walk finds them in the L2 cache: 4 for each multiprocessor.
         block = min(8192, next_power_of_2(logits.shape[1]))
         _cross_entropy_kernel[(logits.shape[0],)](
@@ -80,15 +92,46 @@ def _cross_entropy_(
         reference.cross_entropy_(logits, targets, losses, ignore_index, z_loss, gradient)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a b, in total's dtype, which is wider than that of a and b; the first time total holds nothing yet."""
-    if a.dtype != total.dtype and a.device.type == "cuda":
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
+def _tokens_at_a_time(weight: Tensor) -> int:
+    """Tokens of a chunk."""
+    size = weight.numel() * weight.itemsize
+    wider = weight.numel() * reference.wide(weight.dtype).itemsize - size
+    return max(1, max(int(SMALLEST_CHUNK * size), WORKSPACE - wider) // (weight.shape[0] * weight.itemsize))
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """dweight's from the forward to the backward: fp32 where a sum over all tokens may leave the range of fp16."""
+    return dtype if dtype == torch.bfloat16 else reference.wide(dtype)
+
+
+def _parts(vocab: int, dtype: torch.dtype) -> list[int]:
+    """Rows of the tensors in which dweight is added up: two where `_joined` has something to round."""
+    quarter = vocab // 4 // 64 * 64 if _kept(dtype) != reference.wide(dtype) else 0
+    return [quarter, vocab - quarter] if quarter else [vocab]
+
+
+def _add_products(sums: list[Tensor], d: Tensor, hidden: Tensor, first: bool) -> None:
+    """sums += d^T hidden, in the sums' dtype, which may be wider; the first time they hold nothing yet."""
+    for total, part in zip(sums, d.split([len(total) for total in sums], dim=1), strict=True):
+        if d.dtype != total.dtype and d.device.type == "cuda":
+            if first:
+                torch.mm(part.t(), hidden, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, part.t(), hidden, out_dtype=total.dtype, out=total)
         else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+            wide = part.t().to(total.dtype), hidden.to(total.dtype)
+            torch.addmm(total, *wide, beta=0 if first else 1, out=total)
+
+
+def _joined(sums: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sums, one below the other, in dtype. The first leaves its place to the result: less memory than twice all."""
+    top = sums.pop(0).to(dtype)
+    if not sums:
+        return top
+    out = torch.empty((len(top) + len(sums[0]), top.shape[1]), dtype=dtype, device=top.device)
+    out[: len(top)] = top
+    out[len(top) :] = sums.pop()
+    return out
 
 
 @torch.library.custom_op("deepseek_coder::linear_cross_entropy", mutates_args=())
@@ -102,17 +145,20 @@ def _linear_cross_entropy(
     need_dweight: bool,
     need_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss sum, count, gradients for an incoming gradient of 1 (dweight in fp32), logits; empty where not needed."""
+    """-> loss sum, count, gradients for an incoming gradient of 1 (dweight as `_kept` says), logits; empty where not
+    needed."""
     tokens, vocab = hidden.shape[0], weight.shape[0]
     wide = reference.wide(hidden.dtype)
     losses = torch.empty(tokens, dtype=wide, device=hidden.device)
     dhidden = torch.empty(hidden.shape if need_dhidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    dweight = torch.empty(weight.shape if need_dweight else (0,), dtype=wide, device=hidden.device)
+    sizes = _parts(vocab, hidden.dtype) if need_dweight else [0]
+    make = torch.empty if tokens else torch.zeros
+    sums = [make((size, weight.shape[1]), dtype=wide, device=hidden.device) for size in sizes]
     kept = torch.empty((tokens, vocab) if need_logits else (0,), dtype=hidden.dtype, device=hidden.device)
     targets = targets.contiguous()
-    chunks = -(-tokens // max(1, CHUNK_ELEMENTS // vocab))
+    chunks = -(-tokens // _tokens_at_a_time(weight))
     step = -(-tokens // max(1, chunks))  # all chunks alike
-    buffer = torch.empty((step, vocab), dtype=hidden.dtype, device=hidden.device)
+    logits = buffer = torch.empty((step, vocab), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, tokens, max(1, step)):
         chunk = slice(first, min(first + step, tokens))
         logits = buffer[: chunk.stop - first]
@@ -123,10 +169,9 @@ def _linear_cross_entropy(
         if need_dhidden:
             torch.mm(logits, weight, out=dhidden[chunk])
         if need_dweight:
-            _add_product(dweight, logits.t(), hidden[chunk], first == 0)
-    if tokens == 0:
-        dweight.zero_()
-    return losses.sum(), (targets != ignore_index).sum(), dhidden, dweight, kept
+            _add_products(sums, logits, hidden[chunk], first == 0)
+    del buffer, logits
+    return losses.sum(), (targets != ignore_index).sum(), dhidden, _joined(sums, _kept(hidden.dtype)), kept
 
 
 @_linear_cross_entropy.register_fake
@@ -140,12 +185,12 @@ def _(
     need_dweight: bool,
     need_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = reference.wide(hidden.dtype)
+    wide, kept = reference.wide(hidden.dtype), _kept(hidden.dtype)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty((), dtype=torch.int64),
         hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        hidden.new_empty(weight.shape if need_dweight else (0,), dtype=wide),
+        hidden.new_empty(weight.shape if need_dweight else (0, weight.shape[1]), dtype=kept),
         hidden.new_empty((hidden.shape[0], weight.shape[0]) if need_logits else (0,)),
     )
 
@@ -154,14 +199,20 @@ def _setup(ctx, inputs, output):
     ctx.need_dhidden, ctx.need_dweight = inputs[5:7]
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[2:4])
+    ctx.set_materialize_grads(False)  # of the five results only the loss has a gradient: no zeros for the others
 
 
 @torch.library.custom_op("deepseek_coder::linear_cross_entropy_backward", mutates_args=())
 def _linear_cross_entropy_backward(dloss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * dloss in one pass. A factor of shape (1,) takes part in the choice of the dtype to compute in, one of
-    shape () does not: it, 1 / tokens as a rule, would be rounded to 16 bits first."""
+    """gradient * dloss, rounded once to dtype."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    return torch.mul(gradient, dloss.view(1), out=out)
+    if not use_triton(gradient, _unsupported(gradient)):
+        # A factor of shape (1,) takes part in the choice of the dtype to compute in, one of shape () does not: it,
+        # 1 / tokens as a rule, would be rounded to 16 bits first.
+        return torch.mul(gradient, dloss.view(1), out=out)
+    if out.numel():  # torch's product of two dtypes takes 2.5 times as long
+        _scale_kernel[(-(-out.numel() // 4096),)](gradient, dloss, out, out.numel(), BLOCK=4096, num_warps=8)
+    return out
 
 
 @_linear_cross_entropy_backward.register_fake
@@ -171,7 +222,7 @@ def _(dloss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _backward(ctx, dloss, *_):
     gradients = [
-        _linear_cross_entropy_backward(dloss, gradient, ctx.dtype) if needed else None
+        _linear_cross_entropy_backward(dloss, gradient, ctx.dtype) if needed and dloss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, (ctx.need_dhidden, ctx.need_dweight), strict=True)
     ]
     return *gradients, *[None] * 6

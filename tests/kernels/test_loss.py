@@ -36,7 +36,9 @@ def inputs(dtype, tokens, width, vocab, device):
 
 @pytest.mark.parametrize("dtype,tokens,width,vocab,z_loss", CASES)
 def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, tokens, width, vocab, z_loss):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", vocab * max(2, tokens // 3))  # several chunks, the last ragged
+    monkeypatch.setattr(
+        loss_module, "_tokens_at_a_time", lambda weight: max(2, tokens // 3)
+    )  # several chunks, the last ragged
     hidden, weight, targets = inputs(dtype, tokens, width, vocab, device)
 
     def run(function, hidden, weight):
@@ -58,7 +60,7 @@ def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, to
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
     torch.manual_seed(0)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 11 * 3)
+    monkeypatch.setattr(loss_module, "_tokens_at_a_time", lambda weight: 3)
     hidden, weight, targets = inputs(torch.float64, 8, 5, 11, "cpu")
     with backend("reference"):
         loss, count, *got = gradients(
@@ -74,7 +76,7 @@ def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_nothing_to_learn(triton, device, monkeypatch, name):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    monkeypatch.setattr(loss_module, "_tokens_at_a_time", lambda weight: 2)
     for tokens in (0, 5):
         hidden = torch.randn(tokens, 4, device=device, requires_grad=True)
         weight = torch.randn(9, 4, device=device, requires_grad=True)
@@ -90,7 +92,7 @@ def test_nothing_to_learn(triton, device, monkeypatch, name):
 
 
 def test_one_chunk_of_ignored_tokens(triton, device, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    monkeypatch.setattr(loss_module, "_tokens_at_a_time", lambda weight: 2)
     hidden, weight = torch.randn(6, 4, device=device, requires_grad=True), torch.randn(9, 4, device=device)
     targets = torch.tensor([1, 2, -100, -100, 3, -100], device=device)
     loss, count = linear_cross_entropy(hidden, weight, targets)
@@ -118,7 +120,7 @@ def test_target_outside_the_vocabulary_shows(triton, device):
 
 
 def test_logits_on_request(triton, device, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 9)
+    monkeypatch.setattr(loss_module, "_tokens_at_a_time", lambda weight: 2)
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
     hidden.requires_grad_()
     loss, count, logits = linear_cross_entropy(hidden, weight, targets, return_logits=True)
@@ -137,7 +139,10 @@ def test_the_factor_is_not_rounded(triton, device, dtype):
         loss, _ = linear_cross_entropy(hidden, weight.to(dtype), targets)
     (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (third,) = torch.autograd.grad(loss / 3, hidden)
-    assert torch.equal(third, (one.float() * torch.tensor(1 / 3, device=device)).to(dtype))
+    expected = one.float() * torch.tensor(1 / 3, device=device)
+    if device == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates when storing
+        expected = (expected.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    assert torch.equal(third, expected.to(dtype))
 
 
 def test_opcheck(opcheck, device):
