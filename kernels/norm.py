@@ -40,6 +40,7 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < columns
+    w = tl.load(weight + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     h = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         h += tl.load(residual + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -50,7 +51,6 @@ def _forward_kernel(
     scale = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=0) / columns + tl.cast(eps, tl.float32))
     tl.store(rstd + row, scale)
     normed = (h * scale).to(y.dtype.element_ty).to(tl.float32)
-    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
 
 
@@ -100,8 +100,8 @@ def _finish_kernel(
     tl.store(dweight + at, out.to(dweight.dtype.element_ty), mask=at < columns)
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
+def _warps(block: int, most: int) -> int:
+    return min(most, max(1, block // 512))
 
 
 def _unsupported(x: Tensor) -> str | None:
@@ -127,7 +127,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
         _forward_kernel[(rows,)](
             x, x if residual is None else residual, weight.contiguous(), y, total, rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block, 4 if block <= 8192 else 16),
         )  # fmt: skip
     return y, rstd, total
 
@@ -159,7 +159,7 @@ def _rms_norm_backward(
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
         rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
-        num_warps=_warps(block),
+        num_warps=_warps(block, 16),
     )  # fmt: skip
     _finish_kernel[(-(-columns // FINISH_COLUMNS),)](
         partial, dweight, programs, columns, PROGRAMS=BACKWARD_PROGRAMS, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,
@@ -178,10 +178,12 @@ def _setup(ctx, inputs, output):
     _, rstd, total = output
     ctx.has_residual = residual is not None
     ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
+    ctx.set_materialize_grads(False)  # nobody has a gradient for rstd: zeros for it would cost a launch
 
 
 def _backward(ctx, dy, _drstd, dtotal):
     x, weight, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight = _rms_norm_backward(dy, dtotal if ctx.has_residual else None, x, weight, rstd)
     return dx, dweight, None, dx if ctx.has_residual else None
 

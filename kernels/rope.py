@@ -17,7 +17,6 @@ copy, and writes the result back with `copy_`, which every version understands, 
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,7 +49,13 @@ def _kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, BLOCK)
     frequency = tl.load(inverse_frequencies + at, mask=at < HALF, other=0.0)
-    angle = tl.load(positions + row).to(tl.float32) * frequency
+    position = tl.load(positions + row).to(tl.float32)
+    a_at = x + row * row_stride + head * (2 * HALF) + at[None, :]
+    b_at = a_at + HALF
+    mask = (head < all_heads) & (at[None, :] < HALF)
+    a = tl.load(a_at, mask=mask, other=0.0)  # on its way during the trigonometry
+    b = tl.load(b_at, mask=mask, other=0.0)
+    angle = position * frequency
     # sin and cos of k pi/2 + r, |r| <= pi/4 (Cephes' sinf and cosf): pi/2 in three parts of which the first two times k
     # are exact. The library's way for angles beyond 10^5 would cost registers and a stack that no position needs.
     k = tl.floor(angle * 0.6366197723675814 + 0.5)
@@ -63,12 +68,6 @@ def _kernel(
     sin = tl.where(swapped, cos_r, sin_r) * tl.where((quadrant & 2) != 0, -sign, sign)
     cos = tl.where(swapped, sin_r, cos_r) * tl.where(((quadrant + 1) & 2) != 0, -1.0, 1.0)
     cos, sin = cos[None, :], sin[None, :]
-    at = at[None, :]
-    a_at = x + row * row_stride + head * (2 * HALF) + at
-    b_at = a_at + HALF
-    mask = (head < all_heads) & (at < HALF)
-    a = tl.load(a_at, mask=mask, other=0.0)
-    b = tl.load(b_at, mask=mask, other=0.0)
     turned_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
     turned_b = (b.to(tl.float32) * cos + a.to(tl.float32) * sin).to(b.dtype)
     turned = mask & (head < heads)
@@ -83,8 +82,8 @@ def _kernel(
         is_v = mask & (head >= heads) & (block >= 0) & (slot >= 0)
         k_index = head - (heads - kv_heads)
         v_index = head - heads
-        k_at = k_cache + block * k_block + slot * k_slot + k_index * k_head + at
-        v_at = v_cache + block * v_block + slot * v_slot + v_index * v_head + at
+        k_at = k_cache + block * k_block + slot * k_slot + k_index * k_head + at[None, :]
+        v_at = v_cache + block * v_block + slot * v_slot + v_index * v_head + at[None, :]
         if DESCALE:
             k_factor = tl.load(k_descale + k_index, mask=(head < heads) & (k_index >= 0), other=1.0)
             v_factor = tl.load(v_descale + v_index, mask=(head >= heads) & (head < all_heads), other=1.0)
@@ -105,7 +104,7 @@ def launch(
     half = inverse_frequencies.shape[0]
     block = next_power_of_2(half)
     all_heads = heads + (cache.k.shape[2] if cache else 0)
-    per_program = min(next_power_of_2(all_heads), max(1, 2048 // block))
+    per_program = min(next_power_of_2(all_heads), max(1, 8192 // block))  # the angles are computed once
     k, v, slots, k_descale, v_descale = cache or (x, x, x, None, None)  # pointers that are not followed
     if x.shape[0]:
         _kernel[(x.shape[0], -(-all_heads // per_program))](
@@ -113,7 +112,7 @@ def launch(
             k, v, slots, x if k_descale is None else k_descale, x if v_descale is None else v_descale,
             k.shape[1], *(k.stride()[:3] if cache else (0, 0, 0)), *(v.stride()[:3] if cache else (0, 0, 0)),
             HALF=half, BLOCK=block, HEADS=per_program, CACHE=cache is not None, DESCALE=k_descale is not None,
-            num_warps=4,
+            num_warps=min(16, max(1, per_program * block // 256)),
         )  # fmt: skip
 
 
@@ -123,18 +122,24 @@ def _unsupported(x: Tensor) -> str | None:
     return "rows must be contiguous to be rotated in place" if x.stride(1) != 1 else None
 
 
-@functools.cache  # and never dropped: a CUDA graph may hold the address
-def _cached_frequencies(head_dim: int, theta: float, factor: float, device: torch.device) -> Tensor:
+_frequencies: dict[tuple[int, float, float, torch.device], Tensor] = {}  # never dropped: graphs hold their addresses
+
+
+def _make_frequencies(head_dim: int, theta: float, factor: float, device: torch.device) -> Tensor:
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / (theta**exponent) / factor
 
 
 def inverse_frequencies(head_dim: int, theta: float, factor: float, device: torch.device) -> Tensor:
     """theta^(-2 i / head_dim) / factor, fp32 (head_dim / 2,), rounded step by step as transformers does."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = head_dim, theta, factor, device
+    if key in _frequencies:
+        return _frequencies[key]
+    made = _make_frequencies(*key)
     # What is made in a CUDA graph holds nothing before the graph runs, and must not be kept for others.
-    make = _cached_frequencies.__wrapped__ if capturing else _cached_frequencies
-    return make(head_dim, theta, factor, device)
+    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _frequencies[key] = made
+    return made
 
 
 @torch.library.custom_op("deepseek_coder::rope_", mutates_args={"x"})
