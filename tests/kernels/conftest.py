@@ -67,11 +67,11 @@ def _gradients(function, inputs):
     leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(outputs[0].device).manual_seed(5)
     loss = 0.0
     for y in outputs:
         if y.requires_grad:
-            weight = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+            weight = torch.randn(y.shape, generator=generator, dtype=torch.float64, device=y.device).to(y)
             loss = loss + (y * weight).sum()
     return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x.is_floating_point()])]
 
