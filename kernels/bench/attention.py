@@ -281,6 +281,7 @@ def plot(rows: list[dict[str, Any]], ceiling: float, gpu: str, out: Path) -> Non
             panel.bar(at, [heights.get(name, 0) for name in names], 0.8 / len(measured), label=provider)
         panel.axhline(ceiling, color="black", linewidth=0.8, linestyle="--")
         panel.set_ylabel(f"{direction}, TFLOP/s")
+        panel.set_ylim(0, 1.15 * ceiling)
         panel.grid(axis="y", alpha=0.3)
     panels[0].legend(ncols=len(measured), fontsize=8)
     panels[0].set_title(f"{gpu}, bf16, head_dim {HEAD_DIM}; dashed: matrix product in the same run")

@@ -176,9 +176,9 @@ def rope_cases() -> Iterator[Case]:
             return lambda: (q.copy_(plain(q, inverse)), k.copy_(plain(k, inverse)))
 
         def inductor() -> Function:
-            q, k = parts(original.clone())
-            function = compiled(lambda q, k: (q.copy_(plain(q, inverse)), k.copy_(plain(k, inverse))))
-            return lambda: function(q, k)
+            qkv = original.clone()
+            function = compiled(lambda qkv: [x.copy_(plain(x, inverse)) for x in parts(qkv)])
+            return lambda: (function(qkv), parts(qkv))[1]
 
         def liger() -> Function:
             from liger_kernel.ops.rope import rope_backward, rope_forward

@@ -24,10 +24,10 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
 
 
-def liger() -> Callable[..., Any]:
+def liger(accumulator: torch.dtype | None = None) -> Callable[..., Any]:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t, reduction="sum")
+    return lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t, reduction="sum", accum_dtype=accumulator)
 
 
 def cut_cross_entropy() -> Callable[..., Any]:
@@ -46,7 +46,8 @@ PROVIDERS: dict[str, Maker] = {
     OURS: lambda: lambda h, w, t: kernels.linear_cross_entropy(h, w, t)[0],
     "torch": lambda: plain,
     "torch.compile": lambda: compiled(plain),
-    "Liger": liger,
+    "Liger, fp32 sums": lambda: liger(torch.float32),
+    "Liger, bf16 sums": liger,
     "cut-cross-entropy": cut_cross_entropy,
     "quack": quack,
 }
