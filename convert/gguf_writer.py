@@ -86,7 +86,10 @@ def encode(name: str, tensor: torch.Tensor, config: dict[str, Any], kind: str) -
     tensor = to_adjacent_pairs(name, tensor.detach().cpu(), config)
     stored = _stored(tuple(tensor.shape), kind)
     if stored == "Q8_0":
-        return gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+        # A block's scale, its largest value over 127, is a float16.
+        wide = tensor.float()
+        cast(name, torch.stack(wide.aminmax()) / 127, torch.float16)
+        return gguf.quants.quantize(wide.numpy(), gguf.GGMLQuantizationType.Q8_0)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
     # numpy has no bfloat16, so the bits travel as bytes.
     return cast(name, tensor, dtype).contiguous().view(torch.uint8).numpy()

@@ -220,3 +220,12 @@ def test_smollm2_through_our_own_gguf(smollm2: Path, tmp_path: Path) -> None:
             write_folder(tmp_path / "out", written.config, stream, tokenizer_files=written.tokenizer_files)
     with open_checkpoint(tmp_path / "out") as folder:
         assert folder.config["torch_dtype"] == "float16"
+
+
+def test_scales_beyond_float16_are_refused(tmp_path, tiny_config, random_tensors):
+    tensors = random_tensors(tiny_config)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][0, 0] = -127 * 65536.0
+    with pytest.raises(ValueError, match=rf"tensor {name} has values that float16 cannot hold; use --dtype bfloat16"):
+        write_gguf(tmp_path / "m.gguf", tiny_config, tensors.items(), "q8_0")
+    assert not list(tmp_path.iterdir())

@@ -159,10 +159,11 @@ def test_tensors_stay_valid_after_close(tmp_path: Path, tiny_config: Any, random
 def test_tokenizer_files_are_those_present(tmp_path: Path, tiny_config: Any, random_tensors: Any) -> None:
     folder = write_plain(tmp_path / "model", tiny_config, random_tensors(tiny_config))
     (folder / "tokenizer.json").write_bytes(b"{}\r\n")
-    (folder / "chat_template.jinja").write_bytes(b"x")
-    (folder / "README.md").write_bytes(b"x")
+    others = ("chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    for name in (*others, "README.md"):
+        (folder / name).write_bytes(b"x")
     with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.tokenizer_files == {"tokenizer.json": b"{}\r\n", "chat_template.jinja": b"x"}
+        assert checkpoint.tokenizer_files == {"tokenizer.json": b"{}\r\n"} | dict.fromkeys(others, b"x")
 
 
 # Configs.
