@@ -12,24 +12,9 @@ from torch import Tensor
 import kernels
 
 from .config import ModelConfig
-from .model import Decoder
+from .model import Decoder, KVCache
 from .prompts import completion
 from .tokenizer import EOS, EOT, Tokenizer
-
-
-class KVCache:
-    """Keys and values of every layer, contiguous: each (batch, max_length, num_kv_heads, head_dim).
-
-    lengths: (batch,) int32, how many positions hold a token.
-    """
-
-    def __init__(
-        self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
 
 
 def generate(

@@ -11,7 +11,7 @@ The arithmetic itself lives in `kernels`, each op with a plain-PyTorch reference
 """
 
 import hashlib
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,20 @@ import kernels
 
 from .config import ModelConfig
 
-if TYPE_CHECKING:
-    from .generation import KVCache
+
+class KVCache:
+    """Keys and values of every layer, contiguous: each (batch, max_length, num_kv_heads, head_dim).
+
+    lengths: (batch,) int32, how many positions hold a token.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
 
 
 class RMSNorm(nn.Module):
@@ -56,7 +68,7 @@ class Attention(nn.Module):
         )
         return self.wo(attended)
 
-    def forward_cached(self, x: Tensor, positions: Tensor, cache: "KVCache") -> Tensor:
+    def forward_cached(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """x (batch * new, hidden): `new` tokens of every sequence, attending to the cache and to themselves."""
         batch, d = cache.lengths.shape[0], self.head_dim
         sizes = [self.num_heads * d, self.num_kv_heads * d, self.num_kv_heads * d]
@@ -93,7 +105,7 @@ class Block(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int | None,
-        cache: "KVCache | None" = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         normed = self.attention_norm(x)
         if cache is None:
@@ -121,7 +133,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         targets: Tensor | None = None,
-        cache: "KVCache | None" = None,
+        cache: KVCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with `targets` the loss.
 

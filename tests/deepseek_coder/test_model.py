@@ -6,8 +6,7 @@ import transformers
 
 from convert import open_checkpoint
 from deepseek_coder import Decoder, ModelConfig
-from deepseek_coder.generation import KVCache
-from deepseek_coder.model import initial_weight, positions_of
+from deepseek_coder.model import KVCache, initial_weight, positions_of
 from deepseek_coder.weights import copy_weights
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
