@@ -76,9 +76,9 @@ def inspect_binary(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass, usage, labelled = (
+        usage, sass = (
             subprocess.run([f"{TOOLS}/{tool}", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-sass"), ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     operations = collections.Counter(
         re.findall(
@@ -90,7 +90,7 @@ def inspect_binary(cubin):
     registers = re.search(r"REG:(\d+)", usage)
     assert stack, usage
     assert registers, usage
-    loops = innermost_loops(labelled)
+    loops = innermost_loops(sass)
     return {
         "stack": int(stack[1]),
         "registers": int(registers[1]),
