@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from . import names
 from .checkpoint import Checkpoint
 from .destination import new_folder, writing
-from .files import open_tensors, read_json
+from .files import open_tensors
+from .json_files import read_json
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WHOLE = {

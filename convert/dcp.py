@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from . import names
 from .checkpoint import Checkpoint, read_tokenizer_files
-from .files import STORED, first_line
+from .files import STORED
 from .huggingface import read_config
+from .json_files import first_line
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {

@@ -1,9 +1,8 @@
-"""Files of tensors, safetensors and pickles, and of JSON, read without trusting them.
+"""Files of tensors, safetensors and pickles, read without trusting them.
 
 A pickle is a program, so it goes through PyTorch's restricted unpickler, memory-mapped.
 """
 
-import json
 import pickle
 import re
 import warnings
@@ -16,11 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .json_files import AGAIN, first_line
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = {dtype: name for name, dtype in DTYPES.items()}
-AGAIN = "download it again"
-# Far above any model's JSON.
-_MAX_DEPTH = 50
 
 
 def open_tensors(file: Path) -> "TensorFile":
@@ -148,30 +146,3 @@ class explained:
             )
             raise ValueError(f"{file}: refused, {reason}; use the safetensors weights") from None
         raise ValueError(f"{file}: truncated or corrupt PyTorch file; {AGAIN}") from None
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160].rstrip(". ") if lines else type(error).__name__
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return parse_json(file.read_bytes(), str(file))
-
-
-def parse_json(raw: bytes, source: str) -> dict[str, Any]:
-    """The JSON object in `raw`; ValueError, beginning with `source`, for anything else and for absurd nesting."""
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: corrupt JSON ({first_line(error)}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{source}: holds {type(content).__name__} instead of a JSON object; {AGAIN}")
-    # What the parser just takes is too deep for whatever prints or writes it later, further down the stack.
-    level: list[Any] = [content]
-    for _ in range(_MAX_DEPTH):
-        containers = [value for value in level if isinstance(value, dict | list)]
-        level = [inner for outer in containers for inner in (outer.values() if isinstance(outer, dict) else outer)]
-    if level:
-        raise ValueError(f"{source}: corrupt JSON (nested more than {_MAX_DEPTH} levels deep); {AGAIN}")
-    return content

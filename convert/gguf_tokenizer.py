@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from .files import parse_json
+from .json_files import parse_json
 
 _CONTROL, _USER_DEFINED, _UNUSED, _NORMAL = 3, 4, 5, 1
 # llama.cpp infills with these; its names for them are those of the OpenAI paper's prefix-suffix-middle order.

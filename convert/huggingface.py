@@ -13,7 +13,8 @@ import torch
 
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check, read_tokenizer_files
 from .config import check_token_ids, normalise_config
-from .files import AGAIN, DTYPES, TensorFile, open_tensors, read_json
+from .files import DTYPES, TensorFile, open_tensors
+from .json_files import AGAIN, read_json
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 

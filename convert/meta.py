@@ -17,7 +17,8 @@ import torch
 from . import names
 from .checkpoint import Checkpoint, check, read_tokenizer_files
 from .config import normalise_config
-from .files import AGAIN, STORED, check_tensors, read_json, unpickle
+from .files import STORED, check_tensors, unpickle
+from .json_files import AGAIN, read_json
 from .rope import to_half_split
 
 _LAYER = {
