@@ -18,11 +18,12 @@ _IMPORT = re.compile(
     r"[ \t]*+import[ \t]+(?:static[ \t]+)?(?P<name>[\w.`]+)(?:\{(?P<several>[^{}]*)\}|(?P<all>\*))?(?:,[^\n]*)?"
 )
 _DECLARED = re.compile(
-    r"\n(?:@\w+[ \t]+)*+(?:(?:public|private|protected|internal|abstract|final|sealed|non-sealed|strictfp|static|open"
+    r"\n(?:@[\w.]+(?:\([^()\n]*\))?[ \t]+)*+"
+    r"(?:(?:public|(?:private|protected)(?:\[\w+\])?|internal|abstract|final|sealed|non-sealed|strictfp|static|open"
     r"|data|inline|value|case|implicit|lazy|override|suspend|annotation|enum(?=[ \t]+class)|expect|actual"
     r"|fun(?=[ \t]+interface)|transparent|opaque|const|lateinit|external|tailrec|infix|operator|package)[ \t]+)*+"
     r"(?:class|@?interface|object|trait|enum|record|typealias|type|def|fun|val|var|given)[ \t]+"
-    r"(?:<[^>\n]*>[ \t]*)?(?:[\w.<>?]+\.)?(\w+)"
+    r"(?:<[^>\n]*>[ \t]*)?(?:[\w.]+(?:<[^()=\n]*>)?\??\.)?`?(\w+)"
 )
 
 

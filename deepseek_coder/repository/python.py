@@ -25,7 +25,7 @@ Statement = tuple[bool, int, str, list[str] | None]
 _STATEMENT = re.compile(
     r"""(?P<indent>[ \t]*+)(?:
         import[ \t]+(?P<modules>(?:[^\n#;\\]|\\\n)+)
-      | from\b(?P<dots>[. \t]*+)(?P<module>(?:(?!import\b)[\w.]++)?)[ \t]*+import\b[ \t]*
+      | from\b(?P<dots>[. \t]*+)(?P<module>(?:(?!import\b)[\w.]++)?)(?:[ \t]|\\\n)*+import\b[ \t]*
         (?:\((?P<many>(?:[\w\s,.*\\]|\#[^\n]*+)*+)\)|(?P<names>(?:[^\n#;(\\]|\\\n)+))
     )""",
     re.VERBOSE,

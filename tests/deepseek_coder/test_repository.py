@@ -100,6 +100,10 @@ CASES = {
         {"a.py": {"p/b.py", "p/c.py"}},
     ),
     "backslash": ({"a.py": "from p import b, \\\n    c", "p/b.py": "", "p/c.py": ""}, {"a.py": {"p/b.py", "p/c.py"}}),
+    "backslash before import": (
+        {"a.py": "from p \\\n    import b", "b.py": "", "p/b.py": ""},
+        {"a.py": {"p/b.py"}},
+    ),
     "name of a package": (
         {"a.py": "from p import name, b", "p/__init__.py": "", "p/b.py": ""},
         {"a.py": {"p/__init__.py", "p/b.py"}},
@@ -170,8 +174,10 @@ def test_import_forms(name):
         (" " * 1000 + "from a \n") * 500,
         "import " + "a," * 250_000,
         ";" * 500_000,
+        "from a \\\n" * 100_000 + "import b\n" * 1000,
+        "import b \\\n" * 100_000,
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_no_text_takes_long(text):
     began = time.process_time()
