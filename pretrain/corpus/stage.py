@@ -40,7 +40,7 @@ from ..files import replacing, write_json
 FILES = pa.schema([("repo", pa.string()), ("path", pa.string()), ("language", pa.string()), ("text", pa.string())])
 DROPPED = pa.schema([("repo", pa.string()), ("path", pa.string()), ("reason", pa.string())])
 
-_OURS = re.compile(r"[a-z]+\d*-(?P<shard>\d{5,})\.parquet|shard-(?P<record>\d{5,})\.json|.*\.tmp")
+_OURS = re.compile(r"[a-z]+\d*-\d{5,}\.parquet|shard-\d{5,}\.json|.*\.tmp")
 
 T = TypeVar("T")
 Manifest = dict[str, Any]
@@ -113,11 +113,11 @@ def run(
     """
     folder = out / stage
     folder.mkdir(parents=True, exist_ok=True)
-    _discard_leftovers(folder, shards)
     config = _decisive(settings)
     version = code_version(code)
     keys = {shard.name: fingerprint(config, version, shard.fingerprint) for shard in shards}
     records: dict[str, Any] = {shard.name: _finished(folder, shard.name, keys[shard.name]) for shard in shards}
+    _discard_leftovers(folder, shards, records)
     jobs = [Job(function, out, stage, s, settings, keys[s.name]) for s in shards if records[s.name] is None]
     columns = (TextColumn(f"{stage:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -310,10 +310,13 @@ def _finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _discard_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Removes what a killed run left half-written, and shards of an earlier plan that had more of them."""
-    names = {shard.name for shard in shards}
+def _discard_leftovers(folder: Path, shards: list[Shard], records: Mapping[str, Record | None]) -> None:
+    """Removes what is of no use to this run: half-written files, shards of an earlier plan that had more of them, files
+    that shards wrote with other settings. What the shards read may lie here too, and stays."""
+    done = {name: record for name, record in records.items() if record is not None}
+    used = {f"{folder.name}/shard-{name}.json" for name in done}
+    used |= {output["file"] for record in done.values() for output in record["outputs"].values()}
+    used |= {file for shard in shards for file in shard.inputs if isinstance(file, str)}
     for path in folder.iterdir():
-        match = _OURS.fullmatch(path.name)
-        if match and (match["shard"] or match["record"]) not in names:
+        if _OURS.fullmatch(path.name) and f"{folder.name}/{path.name}" not in used:
             path.unlink()
