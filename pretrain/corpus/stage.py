@@ -35,6 +35,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deepseek_coder.languages import language_of
+
 from ..files import replacing, write_json
 
 FILES = pa.schema([("repo", pa.string()), ("path", pa.string()), ("language", pa.string()), ("text", pa.string())])
@@ -210,7 +212,8 @@ def add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
 def tally(kept: pa.Table, dropped: pa.Table) -> dict[str, Any]:
     """The counts of a stage that keeps some files and drops others: files, UTF-8 bytes, languages, reasons.
 
-    kept: files (FILES), or documents, which are counted too; dropped: files.
+    kept: files (FILES), or documents, which are counted too; dropped: files. `languages` of documents are those of most
+    of each, `file_languages` those of their files.
     """
     counts: dict[str, Any] = {"files_in": len(dropped), "files": 0, "bytes": 0}
     if "text" in kept.column_names:
@@ -219,6 +222,10 @@ def tally(kept: pa.Table, dropped: pa.Table) -> dict[str, Any]:
     else:
         counts["documents"] = 0
         parts = [{"documents": 1, "files": files, "bytes": size} for files, size in zip(*extents(kept), strict=True)]
+        sizes = pc.binary_length(pc.list_flatten(kept["texts"])).to_pylist()
+        for path, size in zip(pc.list_flatten(kept["paths"]).to_pylist(), sizes, strict=True):
+            if (own := language_of(path)) is not None:
+                add(counts, {"file_languages": {own.name: {"files": 1, "bytes": size}}})
     for language, part in zip(kept["language"].to_pylist(), parts, strict=True):
         add(counts, part | {"files_in": part["files"], "languages": {language: part}})
     for reason in dropped["reason"].to_pylist():

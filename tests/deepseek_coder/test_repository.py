@@ -141,6 +141,14 @@ CASES = {
         {"x/run.py": "import util", "x/util.py": "", "y/util.py": ""},
         {"x/run.py": {"x/util.py"}},
     ),
+    "what others call like a file somewhere": (
+        {"src/p/a.py": "import yaml, redis.client", "plugins/yaml.py": "", "examples/redis.py": "", "setup.py": ""},
+        {},
+    ),
+    "a module at a root above": (
+        {"tests/unit/t.py": "import helpers", "tests/helpers.py": "", "setup.py": "", "other/helpers.py": ""},
+        {"tests/unit/t.py": {"tests/helpers.py"}},
+    ),
     "standard library, shadowed elsewhere": (
         {"p/__init__.py": "", "p/a.py": "import json, abc", "p/abc.py": "", "docs/json.py": ""},
         {},
