@@ -85,8 +85,10 @@ def installed() -> list[str]:
 def measured(sources: list[str], tests: tuple[str, ...], folder: Path | None, scratch: Path) -> dict[str, Rows]:
     """title -> rows of one table."""
     results: dict[str, Rows] = {}
-    quality = {"tests": tests}
-    pipeline = {"everything": {"quality": quality}, "no screening": {"quality": {"syntax": False}}}
+    pipeline: dict[str, dict[str, Any]] = {
+        "everything": {"quality": {"tests": tests}},
+        "no screening": {"quality": {"syntax": False}},
+    }
     results["pipeline"] = []
     for name, config in pipeline.items():
         seconds = time.process_time()
