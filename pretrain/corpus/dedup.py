@@ -56,7 +56,7 @@ GONE = DROPPED.append(pa.field("original", pa.string()))
 _DECIDED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("original", pa.string())])
 NAMES = pa.large_string()  # of all repositories together they may be longer than 2 GB
 
-_PART = 20_000_000  # digests sorted at once
+_PART = 10_000_000  # digests sorted at once: some 115 bytes of memory for each
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,24 @@ def _owners(files: list[Path], repos: NDArray[Any], ranking: Ranking, last: NDAr
             sizes.append(table["size"].to_numpy()[mine])
             ids.append(begin + np.flatnonzero(mine))
             begin += len(table)
-        found, number = np.concatenate(hashes), np.concatenate(ids)
-        _, group = np.unique(found, axis=0, return_inverse=True)
-        group = group.reshape(-1)
+        group, place = _shared(np.concatenate(hashes))  # of most there is one only
+        number, size = np.concatenate(ids)[place], np.concatenate(sizes)[place]
         repo = repos[number]
-        order = ranking.best_first(group, repo, np.concatenate(sizes), number, last[repo])
+        order = ranking.best_first(group, repo, size, number, last[repo])
         owner[number[order]] = number[order][leaders(group[order])]
     return owner
+
+
+def _shared(hashes: NDArray[np.uint64]) -> tuple[Ids, Ids]:
+    """(group, place) of the rows that are there more than once; equal rows are a group."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    first = np.ones(len(order) + 1, dtype=bool)  # of its group; what comes behind the last row begins another
+    first[1:-1] = False
+    for half in (0, 1):
+        column = hashes[order, half]
+        first[1:-1] |= column[1:] != column[:-1]
+    several = ~(first[:-1] & first[1:])
+    return np.cumsum(first[:-1])[several], order[several]
 
 
 def leaders(groups: NDArray[Any]) -> Ids:
