@@ -32,7 +32,10 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
     declared = Declarations()
     packages = {path: _package(path, text) for path, text in files.items()}
     for path, text in files.items():
-        names = {stem_of(name_of(path)), *_DECLARED.findall("\n" + text)} if text else ()
+        stem = stem_of(name_of(path))
+        names = {stem, *_DECLARED.findall("\n" + text)} if text else set()
+        if text and path.endswith(".kt"):
+            names.add(f"{stem[0].upper()}{stem[1:]}Kt")  # what Java calls the class of its functions
         for name in names:
             declared.add(packages[path], name, path, implicit=name[0].isupper())
     return {path: _dependencies(path, text, packages[path], declared) for path, text in files.items()}

@@ -88,9 +88,9 @@ CASES = {
             "B.kt": "package a\nclass B(val map: Map<String, Int>)",
             "C.kt": "package b\nimport a.total\nimport a.size2",
             "D.java": 'package a;\n@Deprecated(since = "1") class Hidden {}',
-            "E.java": "package b;\nimport a.Hidden;\nclass E {}",
+            "E.java": "package b;\nimport a.Hidden;\nimport static a.MapsKt.total;\nclass E {}",
         },
-        {"C.kt": {"maps.kt": True}, "E.java": {"D.java": True}},
+        {"C.kt": {"maps.kt": True}, "E.java": {"D.java": True, "maps.kt": True}},
     ),
     "Scala: private to a package": (
         {
