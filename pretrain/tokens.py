@@ -38,6 +38,7 @@ from deepseek_coder.tokenizer import Tokenizer
 from . import documents
 from .corpus import Document, decontaminate, minhash, report, stage
 from .corpus.executors import Run, running
+from .corpus.order import batched
 from .corpus.quality import Quality
 from .corpus.stage import Result, Shard
 from .files import replacing, write_json, writing
@@ -47,7 +48,6 @@ PARTS = pa.schema([("ids", pa.large_binary()), ("files", pa.list_(pa.uint32())),
 
 # Text on which kitoken is compared with tokenizers before it is trusted with the rest.
 _SAMPLE_BYTES = 300_000
-_SEARCHED = 256  # documents that are searched for test data at once
 _TRAPS = (
     "<|EOT|><｜fim▁begin｜><｜end▁of▁sentence｜><pad><|User|>",
     "\r\n\t\t  \n\n\n   x  =  1\n" * 3,
@@ -217,14 +217,12 @@ def _without_tests(
     found: Iterator[Document], tests: decontaminate.Tests, dropped: list[dict[str, str]]
 ) -> Iterator[Document]:
     """The documents without test data; of the others, how many documents of the piece stand before each."""
-    for begin in itertools.count(0, _SEARCHED):
-        some = list(itertools.islice(found, _SEARCHED))
-        if not some:
-            return
+    number = itertools.count()
+    for some in batched(found, lambda document: sum(map(len, document.texts))):
         hits = tests.found_in(["".join(document.texts).encode() for document in some])
-        for number, (document, hit) in enumerate(zip(some, hits, strict=True), begin):
+        for document, hit, place in zip(some, hits, number):  # noqa: B905 (an iterator over all documents)
             if hit:
-                dropped.append({"repo": document.repo, "path": str(number), "reason": "test data"})
+                dropped.append({"repo": document.repo, "path": str(place), "reason": "test data"})
             else:
                 yield document
 

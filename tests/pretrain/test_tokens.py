@@ -14,6 +14,7 @@ import pytest
 
 from deepseek_coder.tokenizer import Tokenizer
 from pretrain import corpus, documents, tokenizer, tokens
+from pretrain.corpus import order
 from pretrain.corpus.executors import Run
 from pretrain.corpus.quality import Quality
 from pretrain.tokens import TokenFiles
@@ -181,7 +182,7 @@ def test_prose_with_test_data_is_dropped(tmp_path, made, monkeypatch):
     ]
     (tmp_path / "prose").mkdir()
     (tmp_path / "prose" / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    monkeypatch.setattr(tokens, "_SEARCHED", 2)
+    monkeypatch.setattr(order.batched, "__defaults__", (100,))  # some batches
     tests = Quality(tests=(str(tmp_path / "gsm8k.jsonl"), str(tmp_path / "MATH")))
     out = tmp_path / "t"
     manifest = tokens.build(tmp_path / "prose", made, out, 0, progress=False, screening=tests)
