@@ -42,7 +42,7 @@ app = typer.Typer(add_completion=False)
 ROUNDS = 3
 SAMPLE = 16_000_000  # bytes of text that the libraries of one kind are compared on
 SLOW = 2_000_000  # and that slow peers get
-WINDOWS = 400  # of an epoch's, in which empty places are counted
+WINDOWS = 400  # of an epoch, in which is counted what infilling has reserved and not used
 PACKAGES = ("datasketch", "datatrove", "daft", "kitoken", "numpy", "pyarrow", "rensa", "tokenizers", "tree-sitter")
 
 Rows = list[dict[str, Any]]
@@ -61,7 +61,13 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         results = measured(sources or installed(), tuple(tests or ()), folder, Path(scratch))
     versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
-    about = {"command": " ".join(sys.argv[1:]), "python": platform.python_version(), "cpu": _cpu(), "load": load}
+    said = " ".join(Path(part).name for part in sys.argv[1:])  # where files lie on this machine is of no interest
+    about = {
+        "command": f"python -m pretrain.bench {said}",
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "load": load,
+    }
     file = out or Path(f"docs/results/{date.today()}-corpus.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, about | {"versions": versions, "results": results})
@@ -112,7 +118,7 @@ def measured(sources: list[str], tests: tuple[str, ...], folder: Path | None, sc
     texts = _texts(scratch / "no screening", SAMPLE)
     results["near-duplicate signatures"] = _rates(signers(), texts)
     results["encoding"] = _rates(encoders(Tokenizer.load(folder)), texts)
-    results["orders"] = _orders(sources, scratch)
+    results |= {"orders": orders} if (orders := _orders(sources, scratch)) else {}
     results["windows of 16,384 tokens"] = _windows(scratch / "no screening tokens", Tokenizer.load(folder))
     return results
 
@@ -220,7 +226,7 @@ def encoders(made: Tokenizer) -> dict[str, tuple[int, Callable[[list[str]], Any]
 
 
 def _orders(sources: list[str], scratch: Path) -> Rows:
-    """Imports that stand after what they import: of every repository of 20 files and more, as the corpus reads them."""
+    """Imports that stand after what they import, in every folder of 20 Python files and more."""
     kept = dict.fromkeys(repository.METHODS, 0)
     repositories = edges = 0
     for folder in sorted(find(sources, scratch), key=lambda found: found.name):
@@ -238,8 +244,9 @@ def _orders(sources: list[str], scratch: Path) -> Rows:
             place = {p: n for n, p in enumerate(p for part in repository.order(files, imports, method) for p in part)}
             kept[method] += sum(place[to] < place[path] for path, some in imports.items() for to in some)
     return [
-        {"order": method, "satisfied": f"{n / max(1, edges):.1%}", "packages": repositories, "edges": edges}
+        {"order": method, "satisfied": f"{n / edges:.1%}", "packages": repositories, "edges": edges}
         for method, n in kept.items()
+        if edges
     ]
 
 
@@ -249,12 +256,17 @@ def _windows(folder: Path, made: Tokenizer, window: int = 16_384) -> Rows:
     rows: Rows = []
     for rate in (0.0, 0.5):
         windows = Windows(files, made, window, fim_rate=rate)
-        empty = 0
-        count = min(WINDOWS, windows.windows_in(0))
-        for number in range(count):  # nothing is predicted there, nor behind the last token of a document
-            begin, end = windows._plan(0).starts[number : number + 2]
-            empty += int((windows[number].targets == -100).sum() - (end - begin))
-        share = f"{empty / (count * window):.3%}"
+        plan = windows._plan(0)
+        lengths = plan.stops - plan.begins
+        empty = 1 - lengths.sum() / (windows.windows_in(0) * window)
+        unused = places = 0  # of the room that infilling reserves, as some of the windows have it
+        for number in range(min(WINDOWS, windows.windows_in(0))):
+            begin, end = plan.starts[number : number + 2]
+            # Nothing is predicted in empty places, nor behind the last token of a document.
+            blank = int((windows[number].targets == -100).sum()) - int(end - begin)
+            unused += blank - (window - int(lengths[begin:end].sum()))
+            places += window
+        share = f"{empty + unused / places:.3%}"
         rows.append({"packing": "best fit", "infilling": rate, "empty": share, "cut though it would fit": "0.0%"})
     ends, starts = files.file_ends, np.concatenate([[0], files.file_ends[:-1]])
     row = packing.concat(ends - starts, np.arange(len(ends)), window)
