@@ -19,8 +19,8 @@ import torch
 from . import names
 from .checkpoint import OFFICIAL_WEIGHTS, Checkpoint, check
 from .config import normalise_config
-from .files import AGAIN
 from .gguf_tokenizer import build_tokenizer_files
+from .json_files import AGAIN
 from .rope import to_half_split
 
 _STRING, _ARRAY = 8, 9

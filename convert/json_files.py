@@ -1,4 +1,4 @@
-"""JSON files, read without trusting them; no torch here, for who only wants a tokenizer."""
+"""JSON objects, read without trusting them; apart from files.py, because it is needed where torch is not."""
 
 import json
 from pathlib import Path

@@ -14,7 +14,7 @@ from rich.table import Table
 import convert
 from convert.command import run
 
-from . import generation, prompts, repository
+from . import folders, generation, prompts, repository
 from .config import ModelConfig
 from .languages import language_of
 from .model import Decoder
@@ -189,7 +189,7 @@ def _with_repository(
     sign: str = "hash",
 ) -> list[int]:
     """`prompts.repository` from a folder on disk: its other files of the languages that a file can depend on, and the
-    manifests by which their imports are read."""
+    manifests by which their imports are read; as in the corpus, neither vendored nor very large ones."""
     if not repo.is_dir():
         raise FileNotFoundError(f"{repo}: no such folder; --repo names the root of a repository")
     if not file.resolve().is_relative_to(repo.resolve()):
@@ -205,17 +205,17 @@ def _with_repository(
     languages = repository.related(file.name)
     files: dict[str, str] = {}
     # Files of unknown language share none.
-    for path in sorted(repo.rglob("*")) if languages else []:
-        relative = path.relative_to(repo)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        language = language_of(str(relative))
-        known = (language is not None and language.name in languages) or repository.is_manifest(relative.as_posix())
-        if hidden or not known or not path.is_file() or path.is_symlink():
+    for path, entry in folders.walk(repo, lambda folder: folder.name.startswith(".")) if languages else []:
+        language = language_of(path)
+        known = (language is not None and language.name in languages) or repository.is_manifest(path)
+        if isinstance(entry, str) or not known or entry.name.startswith(".") or folders.vendored(path):
+            continue
+        if entry.stat().st_size > folders.MAX_FILE_BYTES:
             continue
         try:
-            files[relative.as_posix()] = path.read_text(encoding="utf-8")
+            files[path] = Path(entry.path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            print(f"warning: {path} is not UTF-8 and is left out", file=sys.stderr)
+            print(f"warning: {entry.path} is not UTF-8 and is left out", file=sys.stderr)
     return prompts.repository(tokenizer, files, name, prefix, suffix, context - max_new_tokens, sign)
 
 

@@ -20,6 +20,8 @@ from . import tokenizer as vocabulary
 from . import train as training
 from .corpus import report
 from .corpus.executors import run_settings
+from .corpus.quality import Quality
+from .corpus.stage import settings_of
 from .dataset import Windows, load_windows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pre-train DeepSeek-Coder from raw repositories.")
@@ -74,15 +76,19 @@ def tokens_command(
     valid: Annotated[float, typer.Option(help="Share of documents held out for validation.")] = 0.01,
     workers: Workers = None,
     executor: Engine = None,
-    config: Annotated[Path | None, typer.Option(help="TOML with the section [run].")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with [run], and for prose [quality] tests.")] = None,
 ) -> None:
     """Encode a corpus as plain ids (infilling happens while training). Run again to continue."""
-    run = run_settings(corpora.load_config(config).get("run", {}) if config else {}, executor, workers)
-    manifest = tokens.build(source, Tokenizer.load(tokenizer), out, valid, run)
+    settings = corpora.load_config(config) if config else {}
+    run = run_settings(settings.get("run", {}), executor, workers)
+    screening = settings_of(Quality, "quality", settings.get("quality", {}))
+    manifest = tokens.build(source, Tokenizer.load(tokenizer), out, valid, run, screening=screening)
     if (source / "manifest.json").is_file():
         report.write(source, out, _of_tokens(out))
     for split, totals in manifest["splits"].items():
         print(f"{split}: {totals['tokens']:,} tokens in {totals['documents']:,} documents, {totals['bytes']:,} bytes")
+    for reason, number in manifest.get("dropped", {}).items():
+        print(f"dropped: {number:,} documents, {reason}")
 
 
 @app.command()

@@ -115,6 +115,8 @@ def _lines(piece: Piece) -> Iterator[str | None]:
                 text = json.loads(line)["text"] if line.strip() else None
                 if text is not None and not isinstance(text, str):
                     raise TypeError
+                if text and b"\\u" in line:  # halves of characters, which JSON lets stand alone
+                    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f'{piece.path}: the line at byte {start} is no JSON object with a "text"; mend or remove it'

@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -36,8 +36,10 @@ from deepseek_coder import tokenizer as vocabulary
 from deepseek_coder.tokenizer import Tokenizer
 
 from . import documents
-from .corpus import report, stage
+from .corpus import Document, decontaminate, minhash, report, stage
 from .corpus.executors import Run, running
+from .corpus.order import batched
+from .corpus.quality import Quality
 from .corpus.stage import Result, Shard
 from .files import replacing, write_json, writing
 
@@ -92,11 +94,19 @@ class TokenFiles:
 
 
 def build(
-    source: Path, tokenizer: Tokenizer, out: Path, valid: float = 0.01, run: Run | None = None, progress: bool = True
+    source: Path,
+    tokenizer: Tokenizer,
+    out: Path,
+    valid: float = 0.01,
+    run: Run | None = None,
+    progress: bool = True,
+    screening: Quality | None = None,
 ) -> dict[str, Any]:
     """Encode a corpus, or prose (documents.py), into a token folder and return its manifest.
 
     valid: share of documents held out, evenly spread over the source. run: the executor; default this process.
+    screening: documents of prose that hold sequences of its `tests` are dropped, as files of a corpus are when it is
+    built; its other fields are for code.
     Running it again brings the folder up to date with the source, and does nothing where it is.
     Raises ValueError if `out` holds tokens of another tokenizer or share, and for shards that failed.
     """
@@ -106,12 +116,13 @@ def build(
     out = Path(out).expanduser().resolve()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     settings = Encoding(hashlib.sha256(b"".join(tokenizer.files.values())).hexdigest(), dtype.str)
-    inputs = stage.fingerprint([piece.fingerprint for piece in pieces])
-    key = {"inputs": inputs, "tokenizer": settings.tokenizer, "valid": valid}
+    tests = _benchmarks(screening or Quality())
+    prints = [stage.fingerprint(p.fingerprint, tests) if tests and not p.corpus else p.fingerprint for p in pieces]
+    key = {"inputs": stage.fingerprint(prints), "tokenizer": settings.tokenizer, "valid": valid}
     done = _record(out / "manifest.json")
     if done and any(done["key"].get(name) != key[name] for name in ("tokenizer", "valid")):
         raise ValueError(f"{out}: holds tokens made with another tokenizer or share; choose another --out")
-    code = (sys.modules[__name__], documents, vocabulary)
+    code = (sys.modules[__name__], documents, vocabulary, decontaminate, minhash)
     if done and done["key"] == key and done.get("code") == stage.code_version(code) and _whole(out, done):
         return done
     with writing(out / "tokenizer"):
@@ -119,13 +130,15 @@ def build(
         (out / "manifest.json").unlink(missing_ok=True)  # unfinished from here on
         tokenizer.save(out / "tokenizer")
     kind = chosen_encoder(tokenizer, _sample(pieces))
-    shards = [Shard(f"{n:05}", (piece, kind), piece.fingerprint) for n, piece in enumerate(pieces)]
+    inputs = [(piece, kind, None if piece.corpus else tests) for piece in pieces]
+    shards = [Shard(f"{n:05}", *given) for n, given in enumerate(zip(inputs, prints, strict=True))]
     with running(run or Run()) as works:
         made = stage.run("parts", out, encode_shard, shards, settings, code, works, progress)
     if failed := stage.failures(out, "parts"):
         raise ValueError(f"{failed}; the others are kept: remove the cause and run the same command again")
     totals = _join([out / record["outputs"]["part"]["file"] for record in made["shards"].values()], out, valid, dtype)
     manifest = {"key": key, "dtype": dtype.str, "code": made["code"], "splits": totals}
+    manifest |= {"dropped": made["counts"]["dropped"]} if "dropped" in made["counts"] else {}
     write_json(out / "manifest.json", manifest)
     return manifest
 
@@ -166,12 +179,14 @@ class Encoding:
 
 
 def encode_shard(out: Path, shard: Shard, settings: Encoding) -> Result:
-    """Inputs: a piece of the source and the encoder's name. One row a document, in order."""
-    piece, kind = shard.inputs
+    """Inputs: a piece of the source, the encoder's name, and for prose the benchmarks. One row a document, in order."""
+    piece, kind, tests = shard.inputs
     encode = _loaded(str(out / "tokenizer"), settings.tokenizer, kind)
     rows: dict[str, list[Any]] = {name: [] for name in PARTS.names}
-    counts = {"documents": 0, "files": 0, "bytes": 0, "tokens": 0}
-    for document in documents.read(piece):
+    counts: dict[str, Any] = {"documents": 0, "files": 0, "bytes": 0, "tokens": 0}
+    dropped: list[dict[str, str]] = []
+    found = documents.read(piece)
+    for document in _without_tests(found, decontaminate.load(*tests), dropped) if tests else found:
         files = encode(document.texts)
         lengths = list(map(len, files))
         ids = np.fromiter(itertools.chain.from_iterable(files), settings.dtype, sum(lengths))
@@ -182,7 +197,34 @@ def encode_shard(out: Path, shard: Shard, settings: Encoding) -> Result:
         made = {"documents": 1, "files": len(files), "bytes": size, "tokens": len(ids)}
         length = str(max(1, len(ids)).bit_length() - 1)
         stage.add(counts, made | {"languages": {document.language: made}, "lengths": {length: 1}})
-    return Result({"part": pa.table(rows, PARTS)}, counts)
+    tables = {"part": pa.table(rows, PARTS)}
+    if dropped:
+        stage.add(counts, {"dropped": {"test data": len(dropped)}})
+        tables["dropped"] = pa.Table.from_pylist(dropped, stage.DROPPED)
+    return Result(tables, counts)
+
+
+def _benchmarks(screening: Quality) -> tuple[Any, ...] | None:
+    """The arguments of decontaminate.load. Raises FileNotFoundError or ValueError for benchmarks that are of no use."""
+    if not screening.tests:
+        return None
+    tests = (screening.tests, decontaminate.versions(screening.tests), screening.ngram, screening.shortest)
+    decontaminate.load(*tests)
+    return tests
+
+
+def _without_tests(
+    found: Iterator[Document], tests: decontaminate.Tests, dropped: list[dict[str, str]]
+) -> Iterator[Document]:
+    """The documents without test data; of the others, how many documents of the piece stand before each."""
+    number = itertools.count()
+    for some in batched(found, lambda document: sum(map(len, document.texts))):
+        hits = tests.found_in(["".join(document.texts).encode() for document in some])
+        for document, hit, place in zip(some, hits, number):  # noqa: B905 (an iterator over all documents)
+            if hit:
+                dropped.append({"repo": document.repo, "path": str(place), "reason": "test data"})
+            else:
+                yield document
 
 
 def chosen_encoder(tokenizer: Tokenizer, sample: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 `#include "x"` is looked for beside the file, then, like `<x>`, under any folder of the repository: which folders the
 build passes as include paths is not known, so the nearest file whose path ends in x is taken. The standard headers are
-nobody's here in angle brackets, although many repositories hold a `string.h` for some other system.
+nobody's here in angle brackets, although many repositories hold a `string.h` for some other system; those of POSIX too.
 """
 
 import re
@@ -12,16 +12,17 @@ from .graph import Edges
 from .paths import Nearest, folder_of, normal, suffixes
 from .text import matches
 
-_INCLUDE = re.compile(
-    r'[ \t]*+#[ \t]*+(?:include|import|include_next)[ \t]*+(?:"(?P<own>[^"\n]+)"|<(?P<other>[^>\n]+)>)'
-)
+_INCLUDE = re.compile(r'[ \t]*+#[ \t]*+include(?:_next)?[ \t]*+(?:"(?P<own>[^"\n]+)"|<(?P<other>[^>\n]+)>)')
 
 _STANDARD_NAMES = """
     assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg stdatomic
     stdbit stdbool stdckdint stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar wctype
-    unistd fcntl pthread dirent dlfcn poll sched semaphore termios netdb getopt malloc memory strings sys/types sys/stat
-    sys/time sys/mman sys/socket sys/ioctl sys/wait sys/select sys/param sys/resource netinet/in arpa/inet windows
-    winsock2
+    aio dirent dlfcn fcntl fnmatch ftw getopt glob grp iconv langinfo libgen libintl malloc memory mqueue netdb nl_types
+    poll pthread pwd regex sched semaphore spawn strings syslog termios unistd utime utmpx wordexp
+    arpa/inet net/if netinet/in netinet/tcp sys/epoll sys/file sys/inotify sys/ioctl sys/ipc sys/mman sys/mount sys/msg
+    sys/param sys/ptrace sys/random sys/resource sys/select sys/sem sys/sendfile sys/shm sys/socket sys/stat sys/statfs
+    sys/statvfs sys/syscall sys/sysinfo sys/sysctl sys/time sys/times sys/types sys/uio sys/un sys/utsname sys/vfs
+    sys/wait psapi shellapi shlobj tchar tlhelp32 windows winsock winsock2 ws2tcpip
 """
 _STANDARD = frozenset(f"{name}.h" for name in _STANDARD_NAMES.split())
 

@@ -16,11 +16,12 @@ _USING = re.compile(
     r"[ \t]*+(?P<everywhere>global[ \t]+)?using[ \t]+(?:static[ \t]+)?(?:(?P<alias>\w+)[ \t]*=[ \t]*)?"
     r"(?:global::)?(?P<name>[\w.]+)(?:<[^;\n]*>)?[ \t]*;"
 )
-_NAMESPACE = re.compile(r"[ \t]*+namespace[ \t]+(?P<name>[\w.]+)")
+_NAMESPACE = re.compile(r"(?P<indent>[ \t]*+)namespace[ \t]+(?P<name>[\w.]+)")
 _TYPE = re.compile(
     r"\n[ \t]*+(?:\[[^\]\n]*\][ \t]*)*+"
     r"(?:(?:public|internal|private|protected|static|sealed|abstract|readonly|ref|unsafe|file|new|partial)[ \t]+)*+"
-    r"(?:class|struct|interface|enum|record(?:[ \t]+(?:class|struct))?|delegate[ \t]+[\w<>\[\],.?]+)[ \t]+@?(\w+)"
+    r"(?:class|struct|interface|enum|record(?:[ \t]+(?:class|struct))?"
+    r"|delegate[ \t]+[\w.]+(?:<[^()\n]*>)?[\[\],?]*)[ \t]+@?(\w+)"
 )
 
 
@@ -30,7 +31,7 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
     own: dict[str, set[str]] = {}
     parts: dict[str, list[str]] = {}  # partial type -> files that declare it
     for path, text in files.items():
-        spaces = [(match.start(), match["name"].strip(".")) for match in matches(text, "namespace", _NAMESPACE)]
+        spaces = _namespaces(text)
         own[path] = {name for _, name in spaces} or {""}
         for match in _TYPE.finditer("\n" + text):
             while len(spaces) > 1 and spaces[1][0] < match.start():
@@ -54,6 +55,20 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
         first = min(several, key=lambda path: (len(path), path))
         for path in several:
             found[path].setdefault(first, False)
+    return found
+
+
+def _namespaces(text: str) -> list[tuple[int, str]]:
+    """(where it begins, full name) of each; one that is further to the right stands inside the one before."""
+    found: list[tuple[int, str]] = []
+    around: list[tuple[int, str]] = []
+    for match in matches(text, "namespace", _NAMESPACE):
+        indent, name = len(match["indent"].expandtabs(4)), match["name"].strip(".")
+        while around and around[-1][0] >= indent:
+            around.pop()
+        name = f"{around[-1][1]}.{name}" if around else name
+        around.append((indent, name))
+        found.append((match.start(), name))
     return found
 
 

@@ -18,11 +18,12 @@ _IMPORT = re.compile(
     r"[ \t]*+import[ \t]+(?:static[ \t]+)?(?P<name>[\w.`]+)(?:\{(?P<several>[^{}]*)\}|(?P<all>\*))?(?:,[^\n]*)?"
 )
 _DECLARED = re.compile(
-    r"\n(?:@\w+[ \t]+)*+(?:(?:public|private|protected|internal|abstract|final|sealed|non-sealed|strictfp|static|open"
+    r"\n(?:@[\w.]+(?:\([^()\n]*\))?[ \t]+)*+"
+    r"(?:(?:public|(?:private|protected)(?:\[\w+\])?|internal|abstract|final|sealed|non-sealed|strictfp|static|open"
     r"|data|inline|value|case|implicit|lazy|override|suspend|annotation|enum(?=[ \t]+class)|expect|actual"
     r"|fun(?=[ \t]+interface)|transparent|opaque|const|lateinit|external|tailrec|infix|operator|package)[ \t]+)*+"
     r"(?:class|@?interface|object|trait|enum|record|typealias|type|def|fun|val|var|given)[ \t]+"
-    r"(?:<[^>\n]*>[ \t]*)?(?:[\w.<>?]+\.)?(\w+)"
+    r"(?:<[^>\n]*>[ \t]*)?(?:[\w.]+(?:<[^()=\n]*>)?\??\.)?`?(\w+)"
 )
 
 
@@ -31,7 +32,10 @@ def edges(files: Mapping[str, str], present: Mapping[str, str]) -> Edges:
     declared = Declarations()
     packages = {path: _package(path, text) for path, text in files.items()}
     for path, text in files.items():
-        names = {stem_of(name_of(path)), *_DECLARED.findall("\n" + text)} if text else ()
+        stem = stem_of(name_of(path))
+        names = {stem, *_DECLARED.findall("\n" + text)} if text else set()
+        if text and path.endswith(".kt"):
+            names.add(f"{stem[0].upper()}{stem[1:]}Kt")  # what Java calls the class of its functions
         for name in names:
             declared.add(packages[path], name, path, implicit=name[0].isupper())
     return {path: _dependencies(path, text, packages[path], declared) for path, text in files.items()}

@@ -2,8 +2,9 @@
 
 A name counts from a root: a folder that may be on `sys.path`. Which are is not written anywhere, so every folder
 without `__init__.py` is one (a namespace package, a folder of scripts). *Strong* roots (the repository, a project with
-setup.py or pyproject.toml, its src/) hold real top-level names. At another root a name of the standard library (of the
-running Python) is believed only from a script beside it.
+setup.py or pyproject.toml, its src/) hold real top-level names. At another root a single module is believed only from
+files below it, and one with a name of the standard library (of the running Python) only from a script beside it: what
+is called yaml.py somewhere is hardly ever the yaml that the others import.
 """
 
 import re
@@ -11,9 +12,10 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 
 from .graph import Edges
-from .paths import DEPTH, Nearest, folder_of, join, name_of, stem_of
+from .paths import DEPTH, Nearest, ancestors, folder_of, join, name_of, stem_of
 from .text import matches
 
 # (strong, leading dots, module, names); names is None for `import module`
@@ -25,7 +27,7 @@ Statement = tuple[bool, int, str, list[str] | None]
 _STATEMENT = re.compile(
     r"""(?P<indent>[ \t]*+)(?:
         import[ \t]+(?P<modules>(?:[^\n#;\\]|\\\n)+)
-      | from\b(?P<dots>[. \t]*+)(?P<module>(?:(?!import\b)[\w.]++)?)[ \t]*+import\b[ \t]*
+      | from\b(?P<dots>[. \t]*+)(?P<module>(?:(?!import\b)[\w.]++)?)(?:[ \t]|\\\n)*+import\b[ \t]*
         (?:\((?P<many>(?:[\w\s,.*\\]|\#[^\n]*+)*+)\)|(?P<names>(?:[^\n#;(\\]|\\\n)+))
     )""",
     re.VERBOSE,
@@ -83,9 +85,10 @@ class _Modules:
         for stem, path in self.files.items():
             for root, name in _roots(stem):
                 if name in wanted and root not in self.packages:
-                    self.anywhere.add(name, path)
                     if root in strong:
                         self.at_strong.add(name, path)
+                    if root in strong or "." in name or _is_package(path):
+                        self.anywhere.add(name, path)
 
     def resolve(self, name: str, importer: str) -> str | None:
         """The file of exactly this absolute name; of several the one nearest to the importer."""
@@ -96,9 +99,17 @@ class _Modules:
         # Inside a package names begin further up; but the repository itself is always a root, and files of a package
         # may name their siblings without dots (Python 2, and scripts kept inside a package).
         return (
-            self.anywhere.find(name, importer)
+            self._above(name, importer)
+            or self.anywhere.find(name, importer)
             or (self._at(folder, name, importer) if "." not in name else None)
             or self._at("", name, importer)
+        )
+
+    def _above(self, name: str, importer: str) -> str | None:
+        """A top-level name at the nearest root that the importer lies below."""
+        roots = [] if "." in name else islice(ancestors(folder_of(importer)), DEPTH)
+        return next(
+            (path for root in roots if root not in self.packages and (path := self._at(root, name, importer))), None
         )
 
     def _at(self, root: str, name: str, importer: str) -> str | None:

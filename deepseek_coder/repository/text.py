@@ -20,6 +20,8 @@ def matches(text: str, word: str, pattern: re.Pattern[str], ends: str = "\n;") -
     done, begins, at = 0, True, 0  # text before `done` is finished; begins: a statement begins there
     while (at := text.find(word, at)) != -1:
         start = max(text.rfind(end, done, at) for end in ends) + 1
+        while text.endswith("\\\n", done, start):  # the line before goes on here
+            start = text.rfind("\n", done, start - 1) + 1
         if start or begins:
             match = pattern.match(text, start or done)
             if match is not None and match.end() > at:

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepseek_coder import languages, repository
+from deepseek_coder import folders, languages, repository
 
 from .. import grammars
 from ..files import write_json
@@ -36,6 +36,7 @@ from . import (
     crawl,
     decontaminate,
     dedup,
+    encodings,
     generated,
     licences,
     minhash,
@@ -46,12 +47,11 @@ from . import (
     signals,
     sources,
     syntax,
-    vendored,
 )
 from .executors import run_settings, running
 from .order import Document
 from .report import dropped_for, summary
-from .sources import Repository, find
+from .sources import Repository, find, without_login
 from .stage import Manifest, common, failures, follow, run, settings_of
 
 __all__ = ["Document", "build", "documents", "load_config", "parts", "read", "summary"]
@@ -69,8 +69,8 @@ _SECTIONS: dict[str, Any] = {
 # What decides what a stage writes, modules and installed packages: when one of them changes, the stage is done again.
 _CODE: dict[str, tuple[ModuleType | str, ...]] = {
     "crawl": (
-        *(crawl, sources, archives, clones, vendored, generated, licences, languages, repository),
-        *("charset-normalizer", "licenseclassifier"),
+        *(crawl, sources, archives, clones, encodings, folders, generated, licences, languages, repository),
+        *("chardetng-py", "licenseclassifier"),
     ),
     "filter": (rules,),
     "dedup": (dedup,),
@@ -117,7 +117,7 @@ def build(
         stages = _run_stages(repositories, out, settings, {"executor": works, "progress": progress})
     manifest = {
         "format": FORMAT,
-        "sources": list(sources),
+        "sources": [without_login(source) for source in sources],
         "config": {name: asdict(section) for name, section in settings.items()},
         "counts": {name: stage["counts"] for name, stage in stages.items()},
         "unread": _unread(stages["crawl"]),

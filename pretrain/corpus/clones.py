@@ -8,14 +8,17 @@ import subprocess
 import time
 from pathlib import Path
 
+from .sources import without_login
+
 
 def folder_of(url: str, commit: str | None, cache: Path) -> Path:
     return cache / hashlib.sha256(f"{url}\n{commit or ''}".encode()).hexdigest()
 
 
-def clone(url: str, commit: str | None, cache: Path, seconds: int, tries: int) -> Path:
+def clone(url: str, commit: str | None, cache: Path, seconds: int, tries: int, login: str = "") -> Path:
     """The work tree of a URL at a commit (None: the default branch's); one that is in the cache is used again.
 
+    login: user:password or a token for an http(s) URL. It is not kept in the clone, and no message holds it.
     Raises ValueError when git fails `tries` times or needs more than `seconds`, or the commit is not there.
     """
     folder = folder_of(url, commit, cache)
@@ -26,12 +29,12 @@ def clone(url: str, commit: str | None, cache: Path, seconds: int, tries: int) -
     for attempt in range(1, tries + 1):
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            _fetch(url, commit, unfinished, seconds)
+            _fetch(url, commit, unfinished, seconds, _logged_in(url, login))
             break
         except subprocess.TimeoutExpired:
             reason = f"git clone took over {seconds} s; raise [crawl] clone_seconds"
         except subprocess.CalledProcessError as error:
-            said = " ".join(error.stderr.split()) or f"exit status {error.returncode}"
+            said = without_login(" ".join(error.stderr.split())) or f"exit status {error.returncode}"
             reason = f"git clone failed ({said}); check the URL, or take it out of the sources"
         if attempt == tries:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -41,17 +44,32 @@ def clone(url: str, commit: str | None, cache: Path, seconds: int, tries: int) -
     return folder
 
 
-def _fetch(url: str, commit: str | None, folder: Path, seconds: int) -> None:
+def _logged_in(url: str, login: str) -> dict[str, str]:
+    """Environment variables by which git asks for a URL with a login, which the command and the clone are without."""
+    scheme, _, rest = url.partition("://")
+    if not login or not scheme.lower().startswith("http"):
+        return {}
+    host = rest.partition("/")[0]
+    count = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
+    rewrite = (f"url.{scheme}://{login}@{host}/.insteadOf", f"{scheme}://{host}/")
+    return {
+        "GIT_CONFIG_COUNT": str(count + 1),
+        f"GIT_CONFIG_KEY_{count}": rewrite[0],
+        f"GIT_CONFIG_VALUE_{count}": rewrite[1],
+    }
+
+
+def _fetch(url: str, commit: str | None, folder: Path, seconds: int, settings: dict[str, str]) -> None:
     if commit is None:
-        _git("clone", "--quiet", "--depth", "1", "--", url, str(folder), seconds=seconds)
+        _git("clone", "--quiet", "--depth", "1", "--", url, str(folder), seconds=seconds, settings=settings)
         return
     at = ("-C", str(folder))
     _git("init", "--quiet", str(folder))
     _git(*at, "remote", "add", "origin", url)
     try:
-        _git(*at, "fetch", "--quiet", "--depth", "1", "origin", commit, seconds=seconds)
+        _git(*at, "fetch", "--quiet", "--depth", "1", "origin", commit, seconds=seconds, settings=settings)
     except subprocess.CalledProcessError:  # a server that gives out branches only: fetch them whole
-        _git(*at, "fetch", "--quiet", "origin", seconds=seconds)
+        _git(*at, "fetch", "--quiet", "origin", seconds=seconds, settings=settings)
     _git(*at, "checkout", "--quiet", "--detach", commit, seconds=seconds)
 
 
@@ -62,7 +80,7 @@ def head(clone: Path) -> str:
         return ""  # a repository without any commit
 
 
-def _git(*arguments: str, seconds: int = 60) -> str:
+def _git(*arguments: str, seconds: int = 60, settings: dict[str, str] | None = None) -> str:
     # No question may be asked: there is nobody at the terminal of a crawl. Hooks of the user stay out.
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes", "GIT_LFS_SKIP_SMUDGE": "1"}
     command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
@@ -74,7 +92,7 @@ def _git(*arguments: str, seconds: int = 60) -> str:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=os.environ | quiet,
+            env=os.environ | quiet | (settings or {}),
             start_new_session=True,
         )
     except FileNotFoundError:

@@ -28,22 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from charset_normalizer import from_bytes
 
+from deepseek_coder.folders import MAX_FILE_BYTES, OWN_RECORDS, VENDORED, vendored, walk
 from deepseek_coder.languages import language_of
 from deepseek_coder.repository import is_manifest
 
-from . import archives, licences
+from . import archives, encodings, licences
 from .clones import clone, folder_of, head
 from .generated import generated
 from .sources import Repository, is_repository
 from .stage import DROPPED, FILES, Result, Shard, add, fingerprint, tally
-from .vendored import VENDORED, vendored
 
 
 @dataclass(frozen=True)
 class Limits:
-    max_file_bytes: int = 1 << 20  # hardly anything above it is written by hand
+    max_file_bytes: int = MAX_FILE_BYTES
     max_repository_files: int = 500_000  # a repository with more is passed over: it must fit in memory
     max_repository_bytes: int = 2 << 30  # of its kept files
     # compare=False: these four do not change what a shard becomes, so that another value of them redoes nothing.
@@ -84,12 +83,6 @@ REPOSITORIES = pa.schema(
 _GIT_GUESS = 16 << 20  # bytes of text expected behind a git URL
 _ARCHIVE_RATIO = 4  # text usually shrinks to a quarter
 
-_OWN_RECORDS = frozenset((".git", ".hg", ".svn"))  # not files of the repository
-
-# What is not UTF-8 is one of these or left out. Of two that read a text equally well the earlier is taken.
-_ENCODINGS = ["cp1252", "cp1251", "cp1250", "koi8_r", "gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"]
-_BOMS = ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-
 # A file on its way in: its path, and its bytes or why it is left out.
 Found = tuple[str, bytes | str]
 
@@ -111,7 +104,7 @@ def plan(repositories: list[Repository], out: Path, limits: Limits) -> list[Shar
         groups[-1].append((repository, state))
     shards = []
     for number, group in enumerate(groups):
-        key = fingerprint([(asdict(repository), state) for repository, state in group])
+        key = fingerprint([(asdict(replace(repository, login="")), state) for repository, state in group])
         shards.append(Shard(f"{number:05}", tuple(repository for repository, _ in group), key))
     return shards
 
@@ -152,9 +145,9 @@ def crawl_shard(out: Path, shard: Shard, limits: Limits) -> Result:
         try:
             _refuse_by_facts(repository, limits)
             repository, found = _open(repository, out, cache, limits)
-            repository, encodings = _take(repository, found, *tables, limits)
+            repository, foreign = _take(repository, found, *tables, limits)
             _refuse_by_licence(repository, limits)
-            add(counts, {"encodings": encodings} if encodings else {})
+            add(counts, {"encodings": foreign} if foreign else {})
         except _Refused as reason:
             why = str(reason)
             add(counts, {"repositories_dropped": {why: 1}})
@@ -182,7 +175,8 @@ def _open(repository: Repository, out: Path, cache: Path, limits: Limits) -> tup
     location = Path(repository.location)
     if repository.kind == "git":
         commit = repository.commit
-        location = clone(repository.location, commit, cache, limits.clone_seconds, limits.clone_tries)
+        how = (limits.clone_seconds, limits.clone_tries, repository.login)
+        location = clone(repository.location, commit, cache, *how)
         repository = replace(repository, commit=head(location))
     return repository, _archive(location, limits) if repository.kind == "archive" else _folder(location, out, limits)
 
@@ -197,37 +191,52 @@ def _take(
 ) -> tuple[Repository, dict[str, int]]:
     """Puts a repository's files into the tables; returns it with its licence, and how many files were not UTF-8."""
     licence_texts = []
-    encodings: dict[str, int] = {}
+    foreign: dict[str, int] = {}
     number = size = 0
-    for path, content in found:
+    for path, content, encoding, reason in _texts(found, limits):
         number += 1
         if number > limits.max_repository_files:
             raise _Refused(f"more than {limits.max_repository_files} files")
-        reason = content if isinstance(content, str) else ""
-        text = ""
+        text = content.replace("\r\n", "\n").replace("\r", "\n")
         language = language_of(path)
-        if isinstance(content, bytes):
-            text, encoding, reason = _text(content)
-            if not reason and licences.is_licence_file(path):
-                licence_texts.append(text)
-            if not reason and is_manifest(path):
-                manifests.append(repository.name, path, text)
-            if not reason and language is None:
-                reason = "unknown language"
-            elif not reason and generated(path, text):
-                reason = "generated"
-            if not reason and encoding != "utf-8":
-                encodings[encoding] = encodings.get(encoding, 0) + 1
+        if not reason and licences.is_licence_file(path):
+            licence_texts.append(text)
+        if not reason and is_manifest(path):
+            manifests.append(repository.name, path, text)
+        if not reason and language is None:
+            reason = "unknown language"
+        elif not reason and generated(path, text):
+            reason = "generated"
         if reason:
             dropped.append(repository.name, path.encode("utf-8", "backslashreplace").decode(), reason)
             continue
         assert language is not None
-        size += len(content)
+        if encoding != "utf-8":
+            foreign[encoding] = foreign.get(encoding, 0) + 1
+        size += len(text) if text.isascii() else len(text.encode())
         if size > limits.max_repository_bytes:
             raise _Refused(f"more than {limits.max_repository_bytes} bytes")
         files.append(repository.name, path, language.name, text)
     licence = repository.licence or licences.detect(licence_texts) or None
-    return replace(repository, licence=licence), encodings
+    return replace(repository, licence=licence), foreign
+
+
+def _texts(found: Iterator[Found], limits: Limits) -> Iterator[tuple[str, str, str, str]]:
+    """(path, text, encoding, why it is left out) of each file; those whose encoding is to be guessed come last."""
+    unknown: list[tuple[str, bytes]] = []
+    size = 0
+    for path, content in found:
+        read = ("", "", content) if isinstance(content, str) else encodings.read(content)
+        if read is not None:
+            yield path, *read
+            continue
+        assert isinstance(content, bytes)
+        unknown.append((path, content))
+        size += len(content)
+        if size > limits.max_repository_bytes:
+            raise _Refused(f"more than {limits.max_repository_bytes} bytes in unknown encodings")
+    for (path, _), guessed in zip(unknown, encodings.guess([data for _, data in unknown]), strict=True):
+        yield path, *guessed
 
 
 # ---- which repositories ----------------------------------------------------------------------------------------------
@@ -256,27 +265,6 @@ def _refuse_by_licence(repository: Repository, limits: Limits) -> None:
 
 
 # ---- one file --------------------------------------------------------------------------------------------------------
-
-
-def _text(data: bytes) -> tuple[str, str, str]:
-    """(text, encoding, "") or ("", "", reason)."""
-    encoding = next((name for bom, name in _BOMS if data.startswith(bom) and len(data) % 2 == 0), "utf-8")
-    if encoding == "utf-8" and b"\0" in data:
-        return "", "", "binary"
-    try:
-        text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
-    except UnicodeDecodeError:
-        best = from_bytes(data, cp_isolation=_ENCODINGS).best()
-        if best is None:
-            return "", "", "unknown encoding"
-        encoding = next(name for name in (*_ENCODINGS, best.encoding) if name in best.could_be_from_charset)
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:  # the library looks at samples of a long file
-            return "", "", "unknown encoding"
-    if "\0" in text:
-        return "", "", "binary"
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"), encoding, ""
 
 
 def _refused(path: str, size: int, limits: Limits) -> str:
@@ -316,37 +304,9 @@ def _measure(repository: Repository, out: Path, limits: Limits) -> tuple[int, st
 
 
 def _walk(root: Path, out: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
-    """(path under root, entry) of every regular file, and (path, reason) of what is passed over, always in one order.
-
-    Without recursion: a folder may be nested more deeply than Python's calls.
-    """
+    """What `walk` finds, less the corpus itself and the repositories in a folder that is none (sources.py)."""
     nested_too = is_repository(root)
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(root / folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:
-            yield folder + "/", "unreadable"
-            continue
-        below = []
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_symlink():
-                yield path, "symbolic link"
-            elif entry.is_dir():
-                if entry.name in VENDORED:
-                    yield path + "/", "vendored folder"
-                elif entry.name in _OWN_RECORDS or Path(entry.path) == out:
-                    continue
-                elif nested_too or not is_repository(Path(entry.path)):  # else a repository of its own (sources.py)
-                    below.append(path)
-            elif entry.is_file():
-                yield path, entry
-            else:
-                yield path, "not a regular file"
-        folders += reversed(below)
+    return walk(root, lambda folder: folder == out or (not nested_too and is_repository(folder)))
 
 
 def _folder(root: Path, out: Path, limits: Limits) -> Iterator[Found]:
@@ -372,7 +332,7 @@ def _archive(file: Path, limits: Limits) -> Iterator[Found]:
         return "" if inner and not _refused(inner, stated, limits) else _refused(path, stated, limits)
 
     for path, content in archives.contents(file, refuse, max(limits.max_file_bytes, licences.MAX_BYTES)):
-        if _OWN_RECORDS.intersection(path.split("/")):
+        if OWN_RECORDS.intersection(path.split("/")):
             continue
         found[path] = content
         size += len(content) if isinstance(content, bytes) else 0

@@ -16,6 +16,7 @@ whose duplicates it changes.
 
 import hashlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ GONE = DROPPED.append(pa.field("original", pa.string()))
 _DECIDED = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("original", pa.string())])
 NAMES = pa.large_string()  # of all repositories together they may be longer than 2 GB
 
-_PART = 20_000_000  # digests sorted at once
+_PART = 10_000_000  # digests sorted at once: some 115 bytes of memory for each
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def decide(out: Path, kept: Manifest, digests: Manifest, ranking: Ranking, setti
     copy = owner != np.arange(len(owner))
     lost = np.flatnonzero(copy | fork[repos])
     originals, place = np.unique(owner[lost], return_inverse=True)
-    names = pa.concat_arrays([names_of(rows_at(files, originals, ["repo", "path"])), pa.array(ranking.names, NAMES)])
+    names = pa.concat_arrays([names_at(files, originals), pa.array(ranking.names, NAMES)])
     original = np.where(copy[lost], place, len(originals) + source[repos[lost]])
     reason = pa.DictionaryArray.from_arrays(pa.array(~copy[lost]).cast(pa.int8()), ["exact duplicate", "fork"])
     return write_decisions(out, "dedup", kept, lost, reason, pa.DictionaryArray.from_arrays(original, names))
@@ -144,13 +145,24 @@ def _owners(files: list[Path], repos: NDArray[Any], ranking: Ranking, last: NDAr
             sizes.append(table["size"].to_numpy()[mine])
             ids.append(begin + np.flatnonzero(mine))
             begin += len(table)
-        found, number = np.concatenate(hashes), np.concatenate(ids)
-        _, group = np.unique(found, axis=0, return_inverse=True)
-        group = group.reshape(-1)
+        group, place = _shared(np.concatenate(hashes))  # of most there is one only
+        number, size = np.concatenate(ids)[place], np.concatenate(sizes)[place]
         repo = repos[number]
-        order = ranking.best_first(group, repo, np.concatenate(sizes), number, last[repo])
+        order = ranking.best_first(group, repo, size, number, last[repo])
         owner[number[order]] = number[order][leaders(group[order])]
     return owner
+
+
+def _shared(hashes: NDArray[np.uint64]) -> tuple[Ids, Ids]:
+    """(group, place) of the rows that are there more than once; equal rows are a group."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    first = np.ones(len(order) + 1, dtype=bool)  # of its group; what comes behind the last row begins another
+    first[1:-1] = False
+    for half in (0, 1):
+        column = hashes[order, half]
+        first[1:-1] |= column[1:] != column[:-1]
+    several = ~(first[:-1] & first[1:])
+    return np.cumsum(first[:-1])[several], order[several]
 
 
 def leaders(groups: NDArray[Any]) -> Ids:
@@ -173,21 +185,20 @@ def _forks(repos: NDArray[Any], owners: NDArray[Any], count: int, share: float) 
     return source
 
 
-def rows_at(files: list[Path], places: Ids, columns: list[str]) -> pa.Table:
-    """The rows at these places, ascending, of all files one after another; one file at a time is in memory."""
-    found: list[pa.Table] = []
+def rows_at(files: list[Path], places: Ids, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows at these places, ascending, of all files one after another, a table for each file that has some."""
     begin = 0
-    for file in files:
+    for number, file in enumerate(files):
         end = begin + pq.read_metadata(file).num_rows
         low, high = np.searchsorted(places, (begin, end))
-        if high > low or not found:  # the first in any case, for its columns
-            found.append(pq.read_table(file, columns=columns).take(places[low:high] - begin))
+        if high > low or not number:  # the first in any case, for its columns
+            yield pq.read_table(file, columns=columns).take(places[low:high] - begin)
         begin = end
-    return pa.concat_tables(found)
 
 
-def names_of(table: pa.Table) -> pa.LargeStringArray:
-    """repository/path of each row."""
+def names_at(files: list[Path], places: Ids) -> pa.LargeStringArray:
+    """repository/path of the rows at these places."""
+    table = pa.concat_tables(rows_at(files, places, ["repo", "path"]))
     repos, paths = table["repo"].cast(NAMES), table["path"].cast(NAMES)
     return pc.binary_join_element_wise(repos, paths, pa.scalar("/", NAMES)).combine_chunks()
 

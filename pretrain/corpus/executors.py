@@ -189,7 +189,8 @@ class _Datatrove:
             return
         logs = jobs[0].out / "logs" / jobs[0].stage
         shutil.rmtree(logs, ignore_errors=True)
-        (logs / "jobs").mkdir(parents=True)
+        logs.mkdir(parents=True)
+        (logs / "jobs").mkdir(mode=0o700)  # in a crawl's there may be logins
         for rank, job in enumerate(jobs):
             job.record.unlink(missing_ok=True)  # not today's: from here on a record means that its shard has ended
             (logs / "jobs" / f"{rank:05}.pickle").write_bytes(pickle.dumps(job))
@@ -202,6 +203,7 @@ class _Datatrove:
         )
         with ThreadPoolExecutor(1) as thread:
             yield from _records(jobs, thread.submit(engine.run))
+        shutil.rmtree(logs / "jobs")
 
 
 class _Task:

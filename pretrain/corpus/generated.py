@@ -41,6 +41,7 @@ _LATER = re.compile(
     re.VERBOSE | re.MULTILINE,
 )
 _LATER_LINES = 40
+_WORDS = ("generat", "automatically created", "gimp ")  # in lower case: one of them is in all of the above
 _GAME_MAKER = re.compile(r'"modelName":\s*"GM|^\d\.\d\.\d.+\|\{')
 _SOURCE_MAP = re.compile(r"^/[*/][#@] source(?:Mapping)?URL|sourceURL=")
 
@@ -49,7 +50,9 @@ def generated(path: str, text: str) -> bool:
     if _PATH.search(path):
         return True
     head = text[:8192].split("\n", _LATER_LINES)[:_LATER_LINES]
-    if _PHRASES.search("\n".join(head[:5])) or _LATER.search("\n".join(head)):
+    begin = "\n".join(head)
+    lower = begin.lower()
+    if any(word in lower for word in _WORDS) and (_PHRASES.search("\n".join(head[:5])) or _LATER.search(begin)):
         return True
     extension = path[path.rfind(".") :].lower()
     if extension in (".js", ".css", ".mjs", ".cjs"):

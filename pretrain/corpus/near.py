@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from . import minhash
-from .dedup import GONE, Dedup, Ids, Ranking, leaders, names_of, numbers, parted, rows_at, write_decisions
+from .dedup import GONE, Dedup, Ids, Ranking, leaders, names_at, numbers, parted, rows_at, write_decisions
 from .order import batches
 from .stage import Manifest, Result, Shard, fingerprint, follow, tally
 
@@ -191,12 +191,16 @@ def decide(out: Path, documents: Manifest, signed: Manifest, matched: Manifest, 
     ends = [np.concatenate([pair[side].to_numpy() for pair in pairs]).astype(np.int64) for side in "ab"]
     ids, groups = clusters(*ends)
     files = [out / record["outputs"]["part"]["file"] for record in signed["shards"].values()]
-    known = rows_at(files, ids, ["repo", "path", "size"])
-    order = ranking.best_first(groups, numbers(known["repo"], ranking).astype(np.int64), known["size"].to_numpy(), ids)
+    known = [
+        (numbers(rows["repo"], ranking), rows["size"].to_numpy()) for rows in rows_at(files, ids, ["repo", "size"])
+    ]
+    repos, sizes = map(np.concatenate, zip(*known, strict=True))
+    order = ranking.best_first(groups, repos.astype(np.int64), sizes, ids)
     best = np.empty_like(order)  # by document: the one that stays for it
     best[order] = order[leaders(groups[order])]
     lost = np.flatnonzero(best != np.arange(len(best)))
-    originals = pa.DictionaryArray.from_arrays(best[lost], names_of(known))
+    stays, place = np.unique(ids[best[lost]], return_inverse=True)
+    originals = pa.DictionaryArray.from_arrays(place, names_at(files, stays))
     reasons = pa.DictionaryArray.from_arrays(np.zeros(len(lost), dtype=np.int8), ["near duplicate"])
     return write_decisions(out, "near", documents, ids[lost], reasons, originals)
 

@@ -12,11 +12,11 @@ file is counted and otherwise ignored.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from deepseek_coder import repository
 
 from .stage import Result, Shard, add, read_rows
+
+T = TypeVar("T")
 
 # Parquet's name for an element, so that a table read and written is the same file.
 _STRINGS = pa.list_(pa.field("element", pa.string()))
@@ -57,19 +59,24 @@ class Document:
     texts: list[str]
 
 
-def batches(file: Path, size: int = 1 << 20) -> Iterator[list[dict[str, Any]]]:
-    """The documents of a table, about `size` characters at a time."""
-    rows: list[dict[str, Any]] = []
+def batches(file: Path) -> Iterator[list[dict[str, Any]]]:
+    """The documents of a table, some at a time."""
+    rows = (row for batch in pq.ParquetFile(file).iter_batches(batch_size=64) for row in batch.to_pylist())
+    return batched(rows, lambda row: sum(map(len, row["texts"])))
+
+
+def batched(items: Iterable[T], length: Callable[[T], int], size: int = 1 << 20) -> Iterator[list[T]]:
+    """The items in lists of about `size` characters."""
+    some: list[T] = []
     room = size
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
-        for row in batch.to_pylist():
-            rows.append(row)
-            room -= sum(map(len, row["texts"]))
-            if room < 0:
-                yield rows
-                rows, room = [], size
-    if rows:
-        yield rows
+    for item in items:
+        some.append(item)
+        room -= length(item)
+        if room < 0:
+            yield some
+            some, room = [], size
+    if some:
+        yield some
 
 
 def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:

@@ -104,7 +104,7 @@ def _through_the_stages(counts: dict[str, Any]) -> Section:
 
 def _by_language_and_stage(counts: dict[str, Any]) -> Section:
     stages = _dropping(counts)
-    kept = {stage: counts[stage].get("languages", {}) for stage in stages}
+    kept = {stage: counts[stage].get("file_languages", counts[stage].get("languages", {})) for stage in stages}
     names = sorted(kept["crawl"], key=lambda name: (-kept["crawl"][name]["bytes"], name))
     rows = []
     for name in names:

@@ -11,29 +11,32 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .vendored import VENDORED
+from deepseek_coder.folders import VENDORED
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 LISTS = (".jsonl", ".csv")
 
 _URL = re.compile(r"(https?|ssh|file)://.+|\w[\w.-]*@\w[\w.-]*:.+")  # not git's `ext::`, which runs commands
+# Secrets in URLs: user:password or a token; of ssh, which needs the user, the password.
+_LOGIN = re.compile(r"(?<=https://)[^/\s]*@|(?<=http://)[^/\s]*@|(?<=ssh://)([^/\s:@]*):[^/\s]*(?=@)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Repository:
     name: str  # unique in a corpus
     kind: str  # "folder", "git" or "archive"
-    location: str  # an absolute path, or the URL
+    location: str  # an absolute path, or the URL without a login
     # What a list says of it, None where it is silent. They choose repositories, and the one that keeps a duplicate.
     stars: int | None = None
     forks: int | None = None
     licence: str | None = None  # an SPDX expression
     created: str | None = None  # 2023-01-31, with or without a time behind it
     commit: str | None = None  # its id in hexadecimal digits: the state to take, of a git repository
+    login: str = field(default="", repr=False)  # user:password or token of the URL; git gets it, and no file or message
 
 
 def find(sources: list[str], out: Path) -> list[Repository]:
@@ -61,10 +64,13 @@ def find(sources: list[str], out: Path) -> list[Repository]:
 
 def _of_one(source: str, out: Path) -> list[Repository]:
     if _URL.fullmatch(source):
-        return [Repository(_url_name(source), "git", source)]
+        location = without_login(source)
+        secret = _LOGIN.search(source)
+        return [Repository(_url_name(location), "git", location, login=secret[0].removesuffix("@") if secret else "")]
     if "://" in source:
         raise ValueError(
-            f"{source}: not a URL that git clones here; give one with https://, ssh://, file:// or git@host:"
+            f"{without_login(source)}: not a URL that git clones here; give one with https://, ssh://, file:// or "
+            "git@host:"
         )
     path = Path(source).expanduser()
     if not path.exists():
@@ -80,6 +86,11 @@ def _of_one(source: str, out: Path) -> list[Repository]:
     raise ValueError(
         f"{source}: not a folder, a git URL or an archive ({', '.join(ARCHIVES)}); pack it, or name its folder"
     )
+
+
+def without_login(text: str) -> str:
+    """A text without the logins of the URLs in it."""
+    return _LOGIN.sub(lambda match: match[1] or "", text)
 
 
 def _url_name(url: str) -> str:

@@ -35,12 +35,14 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deepseek_coder.languages import language_of
+
 from ..files import replacing, write_json
 
 FILES = pa.schema([("repo", pa.string()), ("path", pa.string()), ("language", pa.string()), ("text", pa.string())])
 DROPPED = pa.schema([("repo", pa.string()), ("path", pa.string()), ("reason", pa.string())])
 
-_OURS = re.compile(r"[a-z]+\d*-(?P<shard>\d{5,})\.parquet|shard-(?P<record>\d{5,})\.json|.*\.tmp")
+_OURS = re.compile(r"[a-z]+\d*-\d{5,}\.parquet|shard-\d{5,}\.json|.*\.tmp")
 
 T = TypeVar("T")
 Manifest = dict[str, Any]
@@ -113,11 +115,11 @@ def run(
     """
     folder = out / stage
     folder.mkdir(parents=True, exist_ok=True)
-    _discard_leftovers(folder, shards)
     config = _decisive(settings)
     version = code_version(code)
     keys = {shard.name: fingerprint(config, version, shard.fingerprint) for shard in shards}
     records: dict[str, Any] = {shard.name: _finished(folder, shard.name, keys[shard.name]) for shard in shards}
+    _discard_leftovers(folder, shards, records)
     jobs = [Job(function, out, stage, s, settings, keys[s.name]) for s in shards if records[s.name] is None]
     columns = (TextColumn(f"{stage:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -210,7 +212,8 @@ def add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
 def tally(kept: pa.Table, dropped: pa.Table) -> dict[str, Any]:
     """The counts of a stage that keeps some files and drops others: files, UTF-8 bytes, languages, reasons.
 
-    kept: files (FILES), or documents, which are counted too; dropped: files.
+    kept: files (FILES), or documents, which are counted too; dropped: files. `languages` of documents are those of most
+    of each, `file_languages` those of their files.
     """
     counts: dict[str, Any] = {"files_in": len(dropped), "files": 0, "bytes": 0}
     if "text" in kept.column_names:
@@ -219,6 +222,10 @@ def tally(kept: pa.Table, dropped: pa.Table) -> dict[str, Any]:
     else:
         counts["documents"] = 0
         parts = [{"documents": 1, "files": files, "bytes": size} for files, size in zip(*extents(kept), strict=True)]
+        sizes = pc.binary_length(pc.list_flatten(kept["texts"])).to_pylist()
+        for path, size in zip(pc.list_flatten(kept["paths"]).to_pylist(), sizes, strict=True):
+            if (own := language_of(path)) is not None:
+                add(counts, {"file_languages": {own.name: {"files": 1, "bytes": size}}})
     for language, part in zip(kept["language"].to_pylist(), parts, strict=True):
         add(counts, part | {"files_in": part["files"], "languages": {language: part}})
     for reason in dropped["reason"].to_pylist():
@@ -310,10 +317,13 @@ def _finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _discard_leftovers(folder: Path, shards: list[Shard]) -> None:
-    """Removes what a killed run left half-written, and shards of an earlier plan that had more of them."""
-    names = {shard.name for shard in shards}
+def _discard_leftovers(folder: Path, shards: list[Shard], records: Mapping[str, Record | None]) -> None:
+    """Removes what is of no use to this run: half-written files, shards of an earlier plan that had more of them, files
+    that shards wrote with other settings. What the shards read may lie here too, and stays."""
+    done = {name: record for name, record in records.items() if record is not None}
+    used = {f"{folder.name}/shard-{name}.json" for name in done}
+    used |= {output["file"] for record in done.values() for output in record["outputs"].values()}
+    used |= {file for shard in shards for file in shard.inputs if isinstance(file, str)}
     for path in folder.iterdir():
-        match = _OURS.fullmatch(path.name)
-        if match and (match["shard"] or match["record"]) not in names:
+        if _OURS.fullmatch(path.name) and f"{folder.name}/{path.name}" not in used:
             path.unlink()

@@ -3,9 +3,17 @@
 tree-sitter reads on after an error, so what is measured is how much of a file it could not read.
 """
 
+import re
+
 from tree_sitter import Node
 
 from ..grammars import GRAMMARS, parser
+
+_CPP = re.compile(
+    r"^[ \t]*(?:namespace\b|template[ \t]*<|class[ \t]+\w|using[ \t]+\w|(?:public|private|protected)[ \t]*:)|\w::\w",
+    re.M,
+)
+_DOUBT = 0.02
 
 
 def error_share(path: str, language: str, text: str) -> float | None:
@@ -13,15 +21,17 @@ def error_share(path: str, language: str, text: str) -> float | None:
 
     Those are what stands loose in an error. What could be read within one is none: a brace that `#ifdef` has
     twice makes one error of a whole file, with all of its functions in it.
-    A header may be C or C++, and counts as what it reads better as; the language is the likelier one.
+    A header is read as C++ or C as its words tell; where that leaves errors, it counts as what it reads better as.
     """
     if path.endswith(".tsx"):
         language = "TSX"
+    elif path.endswith(".h") and language in ("C", "C++"):
+        language = "C++" if _CPP.search(text) else "C"
     if language not in GRAMMARS:
         return None
     source = text.encode()
     share = _share(language, source)
-    if share and path.endswith(".h"):
+    if share > _DOUBT and path.endswith(".h"):  # reading C++ as C takes ten times as long
         share = min(share, _share("C" if language == "C++" else "C++", source))
     return share
 

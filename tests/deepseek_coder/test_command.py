@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from deepseek_coder import Decoder, ModelConfig, load, prompts, save
+from deepseek_coder import Decoder, ModelConfig, folders, load, prompts, save
 from deepseek_coder.__main__ import _with_repository
 from deepseek_coder.tokenizer import EOT
 from pretrain.tokenizer import train
@@ -180,6 +180,21 @@ def test_mistakes_are_one_line(model, hole, tmp_path):
     refused(run("complete", model, "x", "--repo", tmp_path), "--file")
     refused(run("complete", model, "x", "--max-new-tokens", 0), "max_new_tokens")
     refused(run("complete", model, "x", "--no-such-option"), "--no-such-option")
+
+
+def test_what_the_corpus_leaves_out_is_in_no_prompt(model, tmp_path, monkeypatch):
+    """Vendored folders and files, very large files, hidden ones, links."""
+    shown = {}
+    monkeypatch.setattr(prompts, "repository", lambda tokenizer, files, *rest: shown.update(files) or [0])
+    files = {"main.js": "x", "own.js": "1", "lib/own.ts": "2", "package.json": "{}"}
+    theirs = ("node_modules/m/index.js", "lib/vendor/v.js", "js/jquery-3.6.0.min.js", ".hidden/a.js", ".b.js")
+    for path, text in (files | dict.fromkeys(theirs, "x") | {"large.js": "x" * (folders.MAX_FILE_BYTES + 1)}).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (tmp_path / "link.js").symlink_to("own.js")
+    decoder, tokenizer = load(model)
+    _with_repository(decoder, tokenizer, tmp_path, tmp_path / "main.js", "x", None, 4)
+    assert shown == files
 
 
 def test_fim_is_refused_for_a_model_without_it(model, hole, tmp_path):

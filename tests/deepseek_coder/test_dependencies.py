@@ -19,6 +19,15 @@ CASES = {
         },
         {"src/a.c": {"src/a.h": True, "include/lib/b.h": True}, "include/lib/b.h": {"include/up.h": True}},
     ),
+    "C: what POSIX and Windows have in angle brackets": (
+        {
+            "a.c": "#include <regex.h>\n#include <sys/epoll.h>\n#include <x/y.h>",
+            "r/regex.h": "",
+            "sys/epoll.h": "",
+            "x/y.h": "",
+        },
+        {"a.c": {"x/y.h": True}},
+    ),
     "C: the nearest of several": (
         {"x/src/a.c": '#include "config.h"', "x/inc/config.h": "", "y/config.h": "", "config.h": ""},
         {"x/src/a.c": {"x/inc/config.h": True}},
@@ -73,6 +82,23 @@ CASES = {
             "J.java": {"types.kt": True},
         },
     ),
+    "Kotlin: extensions of generic types do not declare these": (
+        {
+            "maps.kt": "package a\nfun Map<String, Int>.total() = 1\nval <K, V> Map<K, V>?.size2: Int get() = 0",
+            "B.kt": "package a\nclass B(val map: Map<String, Int>)",
+            "C.kt": "package b\nimport a.total\nimport a.size2",
+            "D.java": 'package a;\n@Deprecated(since = "1") class Hidden {}',
+            "E.java": "package b;\nimport a.Hidden;\nimport static a.MapsKt.total;\nclass E {}",
+        },
+        {"C.kt": {"maps.kt": True}, "E.java": {"D.java": True, "maps.kt": True}},
+    ),
+    "Scala: private to a package": (
+        {
+            "A.scala": "package a\nprivate[a] class Hidden\nprotected[this] object Other",
+            "B.scala": "package b\nimport a.{Hidden, Other}",
+        },
+        {"B.scala": {"A.scala": True}},
+    ),
     "Scala": (
         {
             "A.scala": "package com.x\npackage y\nimport z.{B, C => D, _}\nimport com.w.util.run\nobject A { new E }",
@@ -98,6 +124,17 @@ CASES = {
             "A.cs": {"B.cs": True, "K.cs": True, "Base.cs": False, "Top.cs": False, "MarkedAttribute.cs": False},
             "Base.More.cs": {"Base.cs": False},
         },
+    ),
+    "C#: a namespace in a namespace": (
+        {
+            "A.cs": "namespace N\n{\n    namespace M\n    {\n        class In {}\n    }\n    namespace K\n    {\n"
+            "        delegate Dictionary<string, int> Make(int x);\n    }\n}\nnamespace Z\n{\n    class Last {}\n}",
+            "B.cs": "using N.M;\nclass B { In i; }",
+            "C.cs": "using N.K;\nclass C { Make m; }",
+            "D.cs": "using Z;\nclass D { Last l; }",
+            "E.cs": "using M;\nusing K.Z;\nclass E { In i; Last l; }",
+        },
+        {"B.cs": {"A.cs": True}, "C.cs": {"A.cs": True}, "D.cs": {"A.cs": True}},
     ),
     "C#: global using": (
         {

@@ -100,6 +100,10 @@ CASES = {
         {"a.py": {"p/b.py", "p/c.py"}},
     ),
     "backslash": ({"a.py": "from p import b, \\\n    c", "p/b.py": "", "p/c.py": ""}, {"a.py": {"p/b.py", "p/c.py"}}),
+    "backslash before import": (
+        {"a.py": "from p \\\n    import b", "b.py": "", "p/b.py": ""},
+        {"a.py": {"p/b.py"}},
+    ),
     "name of a package": (
         {"a.py": "from p import name, b", "p/__init__.py": "", "p/b.py": ""},
         {"a.py": {"p/__init__.py", "p/b.py"}},
@@ -137,6 +141,14 @@ CASES = {
         {"x/run.py": "import util", "x/util.py": "", "y/util.py": ""},
         {"x/run.py": {"x/util.py"}},
     ),
+    "what others call like a file somewhere": (
+        {"src/p/a.py": "import yaml, redis.client", "plugins/yaml.py": "", "examples/redis.py": "", "setup.py": ""},
+        {},
+    ),
+    "a module at a root above": (
+        {"tests/unit/t.py": "import helpers", "tests/helpers.py": "", "setup.py": "", "other/helpers.py": ""},
+        {"tests/unit/t.py": {"tests/helpers.py"}},
+    ),
     "standard library, shadowed elsewhere": (
         {"p/__init__.py": "", "p/a.py": "import json, abc", "p/abc.py": "", "docs/json.py": ""},
         {},
@@ -170,8 +182,10 @@ def test_import_forms(name):
         (" " * 1000 + "from a \n") * 500,
         "import " + "a," * 250_000,
         ";" * 500_000,
+        "from a \\\n" * 100_000 + "import b\n" * 1000,
+        "import b \\\n" * 100_000,
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_no_text_takes_long(text):
     began = time.process_time()

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from pretrain import corpus, demo, tokenizer, tokens
+from pretrain.corpus import crawl
+from pretrain.corpus.sources import find
 
 PACKAGES = (
     "json",
@@ -47,3 +49,35 @@ def prepare(folder: Path, sources: list[str]) -> Path:
     made = tokenizer.Tokenizer.load(folder / "tokenizer")
     tokens.build(folder / "corpus", made, folder / "tokens", valid=0.1, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write():
+    """A function that puts {path: content} into a folder and returns the folder."""
+
+    def write(root, files):
+        for path, content in files.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def crawled():
+    return _crawled
+
+
+def _crawled(sources, out, limits=None):
+    """(kept rows, {path: reason}, {repository: what is known of it}) of a crawl. What could not be read is raised."""
+    limits = limits or crawl.Limits()
+    kept, dropped, about = [], {}, {}
+    for shard in crawl.plan(find([str(source) for source in sources], out), out, limits):
+        result = crawl.crawl_shard(out, shard, limits)
+        kept += result.tables["part"].to_pylist()
+        dropped |= {(row["repo"], row["path"]): row["reason"] for row in result.tables["dropped"].to_pylist()}
+        about |= {row["repo"]: row for row in result.tables["repositories"].to_pylist()}
+        for reason in result.about.get("unread", {}).values():
+            raise ValueError(reason)
+    return kept, dropped, about

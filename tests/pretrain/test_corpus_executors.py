@@ -110,6 +110,7 @@ def test_datatrove(function, tmp_path):
     assert manifest["shards"] == stage.run("test", tmp_path / "b", function, SHARDS[:2])["shards"]
     assert manifest["failed"]["00001"]["failed"] == "a full sentence"
     assert contents(tmp_path / "a").keys() == {"test/part-00000.parquet", "test/manifest.json"}
+    assert not (tmp_path / "a" / "logs" / "test" / "jobs").exists()  # of a crawl they may hold logins
 
 
 def test_slurm(slurm, function, tmp_path, monkeypatch):

@@ -46,6 +46,8 @@ def test_syntax_of_others():
     assert syntax.error_share("a.hs", "Haskell", "(((") is None
     assert syntax.error_share("a.tsx", "TypeScript", "const a = <p>text</p>;\n") == 0
     assert syntax.error_share("a.h", "C", "namespace a { class B { public: int c() const; }; }\n") == 0
+    assert syntax.error_share("a.h", "C++", "int f(x) int x; { int new = x; return new; }\n") == 0  # C as C++ cannot be
+    assert syntax.error_share("a.h", "C", "template <class T> (((\n" * 5) > 0.1
     assert syntax.error_share("a.c", "C", "namespace a { class B { public: int c() const; }; }\n") > 0
     assert syntax.error_share("a.py", "Python", "") == 0
     assert syntax.error_share("a.py", "Python", "(" * 100_000) >= 0

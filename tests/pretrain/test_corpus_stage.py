@@ -250,6 +250,20 @@ def test_fewer_sources_leave_nothing_behind(sources, tmp_path):
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_what_a_shard_wrote_with_other_settings_goes(sources, tmp_path, monkeypatch):
+    """With more partitions there are more files of band keys, and fewer again."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(near, "_ROWS", 50)
+    build(sources, out)
+    assert len(list((out / "signatures").glob("bands*"))) > len(list((out / "signatures").glob("part-*")))
+    assert len(list((out / "matches").iterdir())) > 3
+    monkeypatch.undo()
+    (out / "signatures" / "bands0-00000.parquet.tmp").write_text("half")
+    build(sources, out)
+    build(sources, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
 def test_a_lost_or_cut_output_is_made_again(sources, tmp_path):
     out = tmp_path / "out"
     build(sources, out)

@@ -14,7 +14,9 @@ import pytest
 
 from deepseek_coder.tokenizer import Tokenizer
 from pretrain import corpus, documents, tokenizer, tokens
+from pretrain.corpus import order
 from pretrain.corpus.executors import Run
+from pretrain.corpus.quality import Quality
 from pretrain.tokens import TokenFiles
 
 ARRAYS = [f"{split}.{kind}" for split in ("train", "valid") for kind in ("ids", "files", "documents")]
@@ -160,6 +162,48 @@ def test_prose(tmp_path, made, monkeypatch, piece_bytes):
         assert manifest["splits"]["train"]["documents"] == 8
         texts = list(tokenizer.sample(tmp_path, 10**9))
         assert texts == [text for (text,) in wanted * 2]
+
+
+def test_prose_with_test_data_is_dropped(tmp_path, made, monkeypatch):
+    """Files of the forms of GSM8K (question and answer) and MATH (a folder, a problem in each file)."""
+    question = "A farmer has twelve baskets and puts seven green apples into each of them. How many apples has he?"
+    problem = "Let $x$ be a real number such that $x^2 + 5x + 6 = 0$ and $x$ is larger than $-3$. Find $x$."
+    (tmp_path / "gsm8k.jsonl").write_text(
+        json.dumps({"question": question, "answer": "12 * 7 = <<12*7=84>>84 #### 84"})
+    )
+    (tmp_path / "MATH" / "algebra").mkdir(parents=True)
+    (tmp_path / "MATH" / "algebra" / "1.json").write_text(json.dumps({"problem": problem, "solution": "$-2$"}))
+    texts = [
+        "An honest page about farmers, baskets and apples, of which it has twelve.",
+        f"Exercises!\n\n{question.upper()}",
+        "Another honest page. " * 20,
+        f"Homework: {problem.replace(' ', chr(10))}",
+        "中文的网页。",
+    ]
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "prose" / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(order.batched, "__defaults__", (100,))  # some batches
+    tests = Quality(tests=(str(tmp_path / "gsm8k.jsonl"), str(tmp_path / "MATH")))
+    out = tmp_path / "t"
+    manifest = tokens.build(tmp_path / "prose", made, out, 0, progress=False, screening=tests)
+    assert manifest["splits"]["train"]["documents"] == 3
+    assert manifest["dropped"] == {"test data": 2}
+    rows = pq.read_table(out / "parts" / "dropped-00000.parquet").to_pylist()
+    assert rows == [{"repo": "web", "path": number, "reason": "test data"} for number in ("1", "3")]
+    files = TokenFiles(out, "train")
+    assert made.decode(files.ids.tolist()) == "".join(texts[::2])
+    assert tokens.build(tmp_path / "prose", made, out, 0, progress=False, screening=tests) == manifest
+    whole = tokens.build(tmp_path / "prose", made, out, 0, progress=False)  # another setting is noticed
+    assert whole["splits"]["train"]["documents"] == 5
+    assert not list((out / "parts").glob("dropped-*"))
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such benchmark"):
+        tokens.build(tmp_path / "prose", made, out, 0, progress=False, screening=Quality(tests=("none.jsonl",)))
+
+
+def test_half_characters_in_json(tmp_path, made):
+    (tmp_path / "a.jsonl").write_text('{"text": "one \\ud83d half, \\ud83d\\ude42 whole"}\n')
+    assert tokens.build(tmp_path, made, tmp_path / "t", 0, progress=False)["splits"]["train"]["documents"] == 1
+    assert made.decode(TokenFiles(tmp_path / "t", "train").ids.tolist()) == "one \ufffd half, 🙂 whole"
 
 
 def test_what_is_no_prose(tmp_path):

@@ -1,11 +1,20 @@
-"""Which files somebody else wrote: GitHub linguist's rules (lib/linguist/vendor.yml) as tables of names.
+"""The files of a repository's folder, and which of them somebody else wrote.
 
-Left out of linguist's list are rules that serve language statistics and would take hand-written code from a corpus:
-`tools/`, `deps/`, `cache/`, `env/`, `debian/`, `vignettes/`, `.d.ts`, `Jenkinsfile`, `Vagrantfile`, `fabfile.py`,
-`*import.css`. Added are the folders of package managers, virtual environments and caches of tools.
+What the corpus leaves out for that, no prompt shows to the model either.
+
+Vendored are files by GitHub linguist's rules (lib/linguist/vendor.yml), as tables of names. Left out of linguist's list
+are rules that serve language statistics and would take hand-written code from a corpus: `tools/`, `deps/`, `cache/`,
+`env/`, `debian/`, `vignettes/`, `.d.ts`, `Jenkinsfile`, `Vagrantfile`, `fabfile.py`, `*import.css`. Added are the
+folders of package managers, virtual environments and caches of tools.
 """
 
+import os
 import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MAX_FILE_BYTES = 1 << 20  # hardly anything above it is written by hand
+OWN_RECORDS = frozenset((".git", ".hg", ".svn"))  # not files of the repository
 
 # Folders, wherever they stand. In `_FOLDERS` are those with variants.
 # fmt: off
@@ -57,6 +66,38 @@ _PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+def walk(root: Path, passed: Callable[[Path], bool]) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
+    """(path under root, entry) of every regular file, and (path, reason) of what is passed over, always in one order.
+
+    passed: of a folder, whether it is passed over without a word. Vendored folders are not entered.
+    Without recursion: a folder may be nested more deeply than Python's calls.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            yield folder + "/", "unreadable"
+            continue
+        below = []
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_symlink():
+                yield path, "symbolic link"
+            elif entry.is_dir():
+                if entry.name in VENDORED:
+                    yield path + "/", "vendored folder"
+                elif entry.name not in OWN_RECORDS and not passed(Path(entry.path)):
+                    below.append(path)
+            elif entry.is_file():
+                yield path, entry
+            else:
+                yield path, "not a regular file"
+        folders += reversed(below)
 
 
 def vendored(path: str) -> bool:
