@@ -100,7 +100,8 @@ def _tokens_at_a_time(weight: Tensor) -> int:
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
-    """dweight's from the forward to the backward: fp32 where a sum over all tokens may leave the range of fp16."""
+    """dweight's from the forward to the backward. bf16 is rounded in both, for half of the memory in between; a sum
+    over all tokens may leave the range of fp16 before the factor, 1 / tokens as a rule, brings it back: fp32."""
     return dtype if dtype == torch.bfloat16 else reference.wide(dtype)
 
 

@@ -29,7 +29,7 @@ from convert.command import run
 from deepseek_coder import repository
 from deepseek_coder.tokenizer import Tokenizer
 
-from . import corpus, packing, tokenizer, tokens
+from . import corpus, tokenizer, tokens
 from .corpus import minhash
 from .corpus.report import size as readable
 from .corpus.sources import find
@@ -266,14 +266,23 @@ def _windows(folder: Path, made: Tokenizer, window: int = 16_384) -> Rows:
             blank = int((windows[number].targets == -100).sum()) - int(end - begin)
             unused += blank - (window - int(lengths[begin:end].sum()))
             places += window
-        share = f"{empty + unused / places:.3%}"
-        rows.append({"packing": "best fit", "infilling": rate, "empty": share, "cut though it would fit": "0.0%"})
-    ends, starts = files.file_ends, np.concatenate([[0], files.file_ends[:-1]])
-    row = packing.concat(ends - starts, np.arange(len(ends)), window)
-    parts = np.bincount(row.items, minlength=len(ends))
-    fits = ends - starts <= window
-    cut = f"{(parts[fits] > 1).mean():.1%}"
-    return [*rows, {"packing": "concat, files", "infilling": 0.0, "empty": "0.000%", "cut though it would fit": cut}]
+        cut = _cut(files.file_ends, np.sort(windows.samples.start[plan.samples] + plan.begins), window)
+        rows.append(_packed("best fit", rate, empty + unused / places, cut))
+    row = np.arange(0, files.file_ends[-1], window)
+    empty = 1 - files.file_ends[-1] / (len(row) * window)
+    return [*rows, _packed("concat, files", 0.0, empty, _cut(files.file_ends, row, window))]
+
+
+def _cut(file_ends: np.ndarray, begins: np.ndarray, window: int) -> float:
+    """Of the files that a window would hold, the share in the midst of which a piece begins; begins: sorted."""
+    starts = np.concatenate([[0], file_ends[:-1]])
+    inside = np.searchsorted(begins, file_ends, "left") - np.searchsorted(begins, starts, "right")
+    return float((inside[file_ends - starts <= window] > 0).mean())
+
+
+def _packed(packing: str, rate: float, empty: float, cut: float) -> dict[str, Any]:
+    share = f"{cut:.1%}"
+    return {"packing": packing, "infilling": rate, "empty": f"{empty:.3%}", "cut though it would fit": share}
 
 
 def _installed(name: str) -> bool:

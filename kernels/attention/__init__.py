@@ -199,17 +199,19 @@ def _make_steps(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_steps(batch: int, length: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # for every use; and done when it returns, for every stream
-        return _make_steps(batch, length, torch.device("cpu")).to(device)
+def _kept_steps(batch: int, length: int, device: torch.device, _stream: int) -> Tensor:
+    """For one stream: the memory of one that is given up goes to what follows on the stream that read it."""
+    with torch.inference_mode(False):  # for every use
+        return _make_steps(batch, length, device)
 
 
 def _steps(batch: int, length: int, device: torch.device) -> Tensor:
     """cu_seqlens of `batch` documents of one length; kept, since making them takes a launch."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or device.type != "cuda":
         return _make_steps(batch, length, device)
-    capturing = torch.cuda.is_current_stream_capturing()  # a graph cannot wait for a copy
-    return (_make_steps if capturing else _kept_steps)(batch, length, device)
+    if torch.cuda.is_current_stream_capturing():  # a graph holds addresses for longer than these are kept
+        return _make_steps(batch, length, device)
+    return _kept_steps(batch, length, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _scale(softmax_scale: float | None, head_dim: int) -> float:

@@ -36,7 +36,7 @@ class Repository:
     licence: str | None = None  # an SPDX expression
     created: str | None = None  # 2023-01-31, with or without a time behind it
     commit: str | None = None  # its id in hexadecimal digits: the state to take, of a git repository
-    login: str = field(default="", repr=False)  # user:password or token of the URL; git gets it, and no file or message
+    login: str = field(default="", repr=False)  # user:password or token of its URL, for git: in no table or message
 
 
 def find(sources: list[str], out: Path) -> list[Repository]:

@@ -1,4 +1,4 @@
-"""Every kernel once on small, odd shapes, forward and backward, for compute-sanitizer. Not a test module:
+"""The ops on small, odd shapes, forward and backward, for compute-sanitizer: 16 bits, paged caches. Not a test module:
 test_sanitizer.py runs it in a process of its own."""
 
 import torch

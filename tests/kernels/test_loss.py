@@ -145,6 +145,32 @@ def test_the_factor_is_not_rounded(triton, device, dtype):
     assert torch.equal(third, expected.to(dtype))
 
 
+@pytest.mark.parametrize("vocab", [256, 300, 1001])
+def test_the_sum_in_parts_is_the_sum(device, monkeypatch, vocab):
+    """bf16: rows of the weight's gradient that lie in two tensors until they are rounded."""
+    monkeypatch.setattr(loss_module, "_tokens_at_a_time", lambda weight: 5)
+    hidden, weight, targets = inputs(torch.bfloat16, 13, 8, vocab, device)
+    weight.requires_grad_()
+    assert len(loss_module._parts(vocab, torch.bfloat16)) == 2
+    found = []
+    with backend("reference"):
+        for parts in (loss_module._parts, lambda vocab, dtype: [vocab]):
+            monkeypatch.setattr(loss_module, "_parts", parts)
+            found += torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0] / 3, weight)
+    torch.testing.assert_close(*found, rtol=2**-7, atol=1e-6)  # products of other shapes round elsewhere
+    assert found[0].any(1).all()  # every row was written
+
+
+def test_chunks_are_as_large_as_their_room(device):
+    """At the published sizes: what is needed beside the results stays within the room, or is the smaller part."""
+    for width in (2048, 4096, 7168):
+        weight = torch.empty(32256, width, dtype=torch.bfloat16, device="meta")
+        size = weight.numel() * 2
+        logits = loss_module._tokens_at_a_time(weight) * 32256 * 2
+        assert logits <= max(loss_module.WORKSPACE - size, loss_module.SMALLEST_CHUNK * size)
+        assert logits + 32256 * 2 > max(loss_module.WORKSPACE - size, int(loss_module.SMALLEST_CHUNK * size))
+
+
 def test_opcheck(opcheck, device):
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
     opcheck("linear_cross_entropy", hidden, weight, targets, -100, 0.1, False, False, True)

@@ -1,4 +1,4 @@
-"""No kernel reads or writes outside its tensors, or reads what nobody wrote, as far as compute-sanitizer can see."""
+"""No kernel reads or writes outside its tensors, or waits for a barrier that it may not: compute-sanitizer."""
 
 import os
 import shutil
