@@ -1,8 +1,8 @@
 """Attention forward and backward in plain Triton: runs on every GPU that Triton knows, and in its interpreter.
 
 Forward (Dao, arXiv 2307.08691): a program owns a tile of queries of one head and walks over the keys, keeping for each
-row the running maximum m, the running sum mass and the unnormalised output; scores exist one tile at a time. Keys that
-every row of the tile sees need no mask, so the walk is two loops: whole tiles, then masked ones.
+row the running maximum m, the running sum mass and the unnormalised output; scores exist one tile at a time. If causal,
+keys that every row of the tile sees need no mask, and the walk is two loops: whole tiles, then masked ones.
 
 Backward: P is recomputed from lse. One kernel owns a tile of keys and walks over the queries of one head, for dK and
 dV; another owns a tile of queries and walks over the keys, for dQ. Seven products, where five would do with atomic
@@ -96,6 +96,15 @@ def _load(pointer, mask, MASKED: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _walks(first_row, n_k, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the walk over unmasked tiles of keys ends and the one over masked tiles begins, and where that ends."""
+    if not CAUSAL:
+        return tl.cast(0, tl.int32), n_k  # one loop: the assembler lets the products of two wait for each other
+    everyone = tl.maximum(tl.minimum(n_k, first_row + offset + 1), 0)  # keys that every row sees
+    return everyone // BLOCK_N * BLOCK_N, tl.maximum(tl.minimum(n_k, first_row + BLOCK_M + offset), 0)
+
+
+@triton.jit
 def _forward_walk(
     q, acc, mass, m, k_at, v_at, k_step, v_step, first, last, row, n_k, offset, scale_log2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -153,20 +162,17 @@ def _forward_kernel(
     v_base = v + b_k.to(tl.int64) * v_row + head // GROUP * v_head
     k_at = k_base + column[None, :].to(tl.int64) * k_row + at[:, None]
     v_at = v_base + column[:, None].to(tl.int64) * v_row + at[None, :]
-    everyone, someone = n_k, n_k  # keys seen by every row, by some row
-    if CAUSAL:
-        everyone = tl.maximum(tl.minimum(n_k, first_row + offset + 1), 0)
-        someone = tl.maximum(tl.minimum(n_k, first_row + BLOCK_M + offset), 0)
-    whole = everyone // BLOCK_N * BLOCK_N
+    whole, someone = _walks(first_row, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
 
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
-    acc, mass, m = _forward_walk(
-        q_tile, acc, mass, m, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset, scale_log2,
-        CAUSAL, False, UPCAST, BLOCK_N,
-    )  # fmt: skip
+    if CAUSAL:
+        acc, mass, m = _forward_walk(
+            q_tile, acc, mass, m, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset, scale_log2,
+            CAUSAL, False, UPCAST, BLOCK_N,
+        )  # fmt: skip
     acc, mass, m = _forward_walk(
         q_tile, acc, mass, m, k_at, v_at, k_row, v_row, whole, someone, row, n_k, offset, scale_log2,
         CAUSAL, True, UPCAST, BLOCK_N,
@@ -181,12 +187,12 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["documents", "tiles", "heads", "block"])
 def _dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, documents, tiles, heads, block, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, dk_row, dk_head, dv_row, dv_head,
-    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    q, k, v, dout, sums, dk, dv, cu_q, cu_k, documents, tiles, heads, block, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, sums_rows, dk_row, dk_head, dv_row, dv_head,
+    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr, SUMS_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv: of every query head."""
+    """dk, dv: of every query head. sums: as _dq_kernel leaves them, SUMS_BLOCK its BLOCK_M."""
     tile, head = _locate(tiles, heads, block)
     document = find_document(cu_k, documents, tile, BLOCK_N)
     b_k = tl.load(cu_k + document)
@@ -210,27 +216,27 @@ def _dkdv_kernel(
     row = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
     q_at = q + head * q_head + (b_q + row) * q_row + at[None, :]
     dout_at = dout + head * dout_head + (b_q + row) * dout_row + at[None, :]
-    lse_at = lse + head * lse_head + b_q
-    delta_at = delta + head * lse_head + b_q
+    sums_row = (b_q // SUMS_BLOCK + document) * SUMS_BLOCK + tl.arange(0, BLOCK_M)
+    lse_at = sums + head * 2 * sums_rows + sums_row
     dk_tile = tl.zeros((BLOCK_N, D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
     # One loop, masked throughout: with a second one the accumulators would be moved between registers from one to the
     # other, and for that the assembler makes every product of the kernel wait for the one before. Rows behind the
-    # document's end: their dO, lse and delta load as zero, and so their parts are zero.
+    # document's end: their q, dO, lse and Delta are zero, and so are their parts.
     for start in range(first, n_q, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         shift = tl.cast(start, tl.int64)
         q_tile = _load(q_at + shift * q_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
-        lse_i = tl.load(lse_at + i, mask=i < n_q, other=0.0) * LOG2E
+        lse_i = tl.load(lse_at + shift)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s - lse_i[None, :])
-        if CAUSAL:  # a row that sees nothing has lse = -inf
+        if CAUSAL:
             p = tl.where(column[:, None] - offset <= i[None, :], p, 0.0)
         dout_tile = _load(dout_at + shift * dout_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
         dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-        ds = p * (dp - tl.load(delta_at + i, mask=i < n_q, other=0.0)[None, :])
+        ds = p * (dp - tl.load(lse_at + sums_rows + shift)[None, :])
         dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     dk_at = dk + position[:, None] * dk_row + head * dk_head + at[None, :]
     dv_at = dv + position[:, None] * dv_row + head * dv_head + at[None, :]
@@ -281,19 +287,19 @@ def _dq_walk(
     dq, q, dout, lse, delta, k_at, v_at, k_step, v_step, first, last, row, n_k, offset, scale_log2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys first ... last into dq, which lacks the factor scale."""
+    """Folds keys first ... last into dq, which lacks the factor scale; lse to the base 2."""
     for start in range(first, last, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         shift = tl.cast(start, tl.int64)
         k = _load(k_at + shift * k_step, column[:, None] < n_k, MASKED, UPCAST)  # [BLOCK_N, D]
         v = _load(v_at + shift * v_step, column[:, None] < n_k, MASKED, UPCAST)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s - lse[:, None])
         if MASKED:
             visible = column[None, :] < n_k
             if CAUSAL:
                 visible = visible & (column[None, :] <= row[:, None] + offset)
-            s = tl.where(visible, s, -float("inf"))
-        p = tl.exp2(s - lse[:, None])
+            p = tl.where(visible, p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -302,11 +308,12 @@ def _dq_walk(
 
 @triton.jit(do_not_specialize=["documents", "tiles", "heads", "block"])
 def _dq_kernel(
-    q, k, v, dout, out, lse, dlse, delta, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, dq_row, dq_head,
+    q, k, v, dout, out, lse, dlse, sums, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, lse_head, sums_rows, dq_row, dq_head,
     GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """sums (heads, 2, sums_rows): lse to the base 2 and Delta, of each tile's rows, behind the document's end too."""
     tile, head = _locate(tiles, heads, block)
     tile = tiles - 1 - tile  # if causal, the heaviest first
     document = find_document(cu_q, documents, tile, BLOCK_M)
@@ -327,27 +334,27 @@ def _dq_kernel(
     dout_tile = _load(dout_at, in_document, True, UPCAST)
     lse_row = tl.load(lse + head * lse_head + position, mask=row < n_q, other=0.0) * LOG2E
     lse_row = tl.where(lse_row == -float("inf"), 0.0, lse_row)  # a row that sees nothing
-    # Delta = rowsum(dO * O) - dlse, which the kernel for dK and dV needs too. out has the strides of dout.
+    # Delta = rowsum(dO * O) - dlse, which the kernel for dK and dV needs too: with lse, in a place of which that kernel
+    # may read whole tiles. out has the strides of dout.
     out_tile = _load(out + position[:, None] * dout_row + head * dout_head + at[None, :], in_document, True, UPCAST)
     delta_row = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if dlse is not None:
         delta_row -= tl.load(dlse + head * lse_head + position, mask=row < n_q, other=0.0)
-    tl.store(delta + head * lse_head + position, delta_row, mask=row < n_q)
+    lse_at = sums + head * 2 * sums_rows + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(lse_at, lse_row)
+    tl.store(lse_at + sums_rows, delta_row)
 
     column = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
     k_at = k + head // GROUP * k_head + (b_k + column) * k_row + at[None, :]
     v_at = v + head // GROUP * v_head + (b_k + column) * v_row + at[None, :]
-    everyone, someone = n_k, n_k  # keys seen by every row, by some row
-    if CAUSAL:
-        everyone = tl.maximum(tl.minimum(n_k, first_row + offset + 1), 0)
-        someone = tl.maximum(tl.minimum(n_k, first_row + BLOCK_M + offset), 0)
-    whole = everyone // BLOCK_N * BLOCK_N
+    whole, someone = _walks(first_row, n_k, offset, CAUSAL, BLOCK_M, BLOCK_N)
     dq_tile = tl.zeros((BLOCK_M, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
-    dq_tile = _dq_walk(
-        dq_tile, q_tile, dout_tile, lse_row, delta_row, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset,
-        scale_log2, CAUSAL, False, UPCAST, BLOCK_N,
-    )  # fmt: skip
+    if CAUSAL:
+        dq_tile = _dq_walk(
+            dq_tile, q_tile, dout_tile, lse_row, delta_row, k_at, v_at, k_row, v_row, 0, whole, row, n_k, offset,
+            scale_log2, CAUSAL, False, UPCAST, BLOCK_N,
+        )  # fmt: skip
     dq_tile = _dq_walk(
         dq_tile, q_tile, dout_tile, lse_row, delta_row, k_at, v_at, k_row, v_row, whole, someone, row, n_k, offset,
         scale_log2, CAUSAL, True, UPCAST, BLOCK_N,
@@ -403,16 +410,16 @@ def attention_backward(
     kv_heads, documents = k.shape[1], cu_seqlens_q.shape[0] - 1
     group = heads // kv_heads
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    delta = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     constants = {"GROUP": group, "D": head_dim, "CAUSAL": causal, "UPCAST": _upcast(q)}
     strides = tuple(x.stride(i) for x in (q, k, v, dout) for i in (0, 1))
+    blocks = block_sizes("dq", head_dim, q.dtype, shared_memory(q.device))
+    sums_block, tiles = blocks["BLOCK_M"], total // blocks["BLOCK_M"] + documents
+    sums = torch.empty((heads, 2, tiles * sums_block), dtype=torch.float32, device=q.device)
     if total:
-        blocks = block_sizes("dq", head_dim, q.dtype, shared_memory(q.device))
-        tiles = total // blocks["BLOCK_M"] + documents
         block = group * heads_in_cache(kv_heads, k.shape[0], head_dim, q.element_size())
         _dq_kernel[(tiles * heads,)](
-            q, k, v, dout, out, lse, dlse, delta, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
-            *strides, total, dq.stride(0), dq.stride(1), **constants, **blocks,
+            q, k, v, dout, out, lse, dlse, sums, dq, cu_q, cu_k, documents, tiles, heads, block, scale,
+            *strides, total, sums.shape[2], dq.stride(0), dq.stride(1), **constants, **blocks,
         )  # fmt: skip
     if k.shape[0]:
         blocks = block_sizes("dkdv", head_dim, q.dtype, shared_memory(q.device))
@@ -421,8 +428,8 @@ def attention_backward(
         dk_parts, dv_parts = (dk, dv) if group == 1 else make_parts(k, heads)
         part_strides = tuple(x.stride(i) for x in (dk_parts, dv_parts) for i in (0, 1))
         _dkdv_kernel[(tiles * heads,)](
-            q, k, v, dout, lse, delta, dk_parts, dv_parts, cu_q, cu_k, documents, tiles, heads, block, scale,
-            *strides, total, *part_strides, **constants, **blocks,
+            q, k, v, dout, sums, dk_parts, dv_parts, cu_q, cu_k, documents, tiles, heads, block, scale,
+            *strides, sums.shape[2], *part_strides, SUMS_BLOCK=sums_block, **constants, **blocks,
         )  # fmt: skip
         if group > 1:
             add_parts(dk_parts, dv_parts, dk, dv)
