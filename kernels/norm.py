@@ -27,31 +27,41 @@ from .dispatch import Kernel, check, early_launch, next_power_of_2, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
-BACKWARD_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors; a constant, so that sums do not vary
+MULTIPROCESSORS = 132  # an H200's; a constant, so that sums do not vary
 ROWS_BYTES = 192 * 1024  # of rows that are waited for, in a multiprocessor's 227 KB of shared memory
+PARTS = 8  # of a row, at most, that a program of the forward holds
 FINISH_COLUMNS = 16  # 64 bytes a row: as many programs as there are multiprocessors for 2048 columns
 
 
 @Kernel
 def _forward_kernel(
     x, residual, weight, y, total, rstd, x_stride, residual_stride, columns, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < columns
-    w = tl.load(weight + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    h = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        h += tl.load(residual + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
-        h = h.to(total.dtype.element_ty)
-        tl.store(total + row * columns + at, h, mask=mask)
-        h = h.to(tl.float32)
+    zero: tl.constexpr = 0.0 if MASKED else None
+    squares = tl.zeros((BLOCK,), tl.float32)
+    parts = ()  # of the row, in registers
+    for i in tl.static_range(PARTS):
+        at = i * BLOCK + tl.arange(0, BLOCK)
+        mask = at < columns if MASKED else None
+        h = tl.load(x + row * x_stride + at, mask=mask, other=zero)
+        if HAS_RESIDUAL:
+            other = tl.load(residual + row * residual_stride + at, mask=mask, other=zero)
+            h = (h.to(tl.float32) + other.to(tl.float32)).to(h.dtype)
+            tl.store(total + row * columns + at, h, mask=mask)
+        parts = parts + (h,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
+    for i in tl.static_range(PARTS):
+        squares += parts[i].to(tl.float32) * parts[i].to(tl.float32)
     # eps reaches a compiled graph as fp64 and would promote all of this
-    scale = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=0) / columns + tl.cast(eps, tl.float32))
+    scale = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / columns + tl.cast(eps, tl.float32))
     tl.store(rstd + row, scale)
-    normed = (h * scale).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
+    for i in tl.static_range(PARTS):
+        at = i * BLOCK + tl.arange(0, BLOCK)
+        mask = at < columns if MASKED else None
+        w = tl.load(weight + at, mask=mask, other=zero).to(tl.float32)
+        normed = (parts[i].to(tl.float32) * scale).to(y.dtype.element_ty).to(tl.float32)
+        tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
 
 
 @Kernel
@@ -100,10 +110,6 @@ def _finish_kernel(
     tl.store(dweight + at, out.to(dweight.dtype.element_ty), mask=at < columns)
 
 
-def _warps(block: int, most: int) -> int:
-    return min(most, max(1, block // 512))
-
-
 def _unsupported(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "the Triton kernels do not compute in float64"
@@ -123,11 +129,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
     total = torch.empty((rows, columns) if residual is not None else (0,), dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = next_power_of_2(columns)
+        block = max(min(1024, next_power_of_2(columns)), next_power_of_2(columns) // PARTS)
         _forward_kernel[(rows,)](
             x, x if residual is None else residual, weight.contiguous(), y, total, rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block, 4 if block <= 8192 else 16),
+            HAS_RESIDUAL=residual is not None, BLOCK=block, PARTS=-(-columns // block), MASKED=columns % block > 0,
+            num_warps=max(1, block // 256),
         )  # fmt: skip
     return y, rstd, total
 
@@ -149,20 +156,22 @@ def _rms_norm_backward(
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if rows == 0:
         return dx, torch.zeros_like(weight)
-    programs = min(rows, BACKWARD_PROGRAMS)
+    block = next_power_of_2(columns)
+    together = min(4, max(1, 8192 // block))  # programs of a multiprocessor
+    most = MULTIPROCESSORS * together
+    programs = min(rows, most)
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
-    block = next_power_of_2(columns)
     early = early_launch(x.device)
     row_bytes = block * x.element_size() * (2 if dsum is None else 3)
-    stages = min(4, 1 + ROWS_BYTES // row_bytes)  # one row less than that is on its way
+    stages = min(4, 1 + ROWS_BYTES // together // row_bytes)  # one row less than that is on its way
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
         rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
-        num_warps=_warps(block, 16),
+        num_warps=min(16, max(1, block // (512 if block < 8192 else 1024))),
     )  # fmt: skip
     _finish_kernel[(-(-columns // FINISH_COLUMNS),)](
-        partial, dweight, programs, columns, PROGRAMS=BACKWARD_PROGRAMS, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,
+        partial, dweight, programs, columns, PROGRAMS=most, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,
         num_warps=4, launch_pdl=early,
     )  # fmt: skip
     return dx, dweight
