@@ -29,39 +29,29 @@ if TYPE_CHECKING:
 
 MULTIPROCESSORS = 132  # an H200's; a constant, so that sums do not vary
 ROWS_BYTES = 192 * 1024  # of rows that are waited for, in a multiprocessor's 227 KB of shared memory
-PARTS = 8  # of a row, at most, that a program of the forward holds
 FINISH_COLUMNS = 16  # 64 bytes a row: as many programs as there are multiprocessors for 2048 columns
 
 
 @Kernel
 def _forward_kernel(
     x, residual, weight, y, total, rstd, x_stride, residual_stride, columns, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    zero: tl.constexpr = 0.0 if MASKED else None
-    squares = tl.zeros((BLOCK,), tl.float32)
-    parts = ()  # of the row, in registers
-    for i in tl.static_range(PARTS):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        mask = at < columns if MASKED else None
-        h = tl.load(x + row * x_stride + at, mask=mask, other=zero)
-        if HAS_RESIDUAL:
-            other = tl.load(residual + row * residual_stride + at, mask=mask, other=zero)
-            h = (h.to(tl.float32) + other.to(tl.float32)).to(h.dtype)
-            tl.store(total + row * columns + at, h, mask=mask)
-        parts = parts + (h,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no stars)
-    for i in tl.static_range(PARTS):
-        squares += parts[i].to(tl.float32) * parts[i].to(tl.float32)
+    at = tl.arange(0, BLOCK)
+    mask = at < columns
+    h = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual + row * residual_stride + at, mask=mask, other=0.0).to(tl.float32)
+        h = h.to(total.dtype.element_ty)
+        tl.store(total + row * columns + at, h, mask=mask)
+        h = h.to(tl.float32)
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     # eps reaches a compiled graph as fp64 and would promote all of this
-    scale = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / columns + tl.cast(eps, tl.float32))
+    scale = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=0) / columns + tl.cast(eps, tl.float32))
     tl.store(rstd + row, scale)
-    for i in tl.static_range(PARTS):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        mask = at < columns if MASKED else None
-        w = tl.load(weight + at, mask=mask, other=zero).to(tl.float32)
-        normed = (parts[i].to(tl.float32) * scale).to(y.dtype.element_ty).to(tl.float32)
-        tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
+    normed = (h * scale).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * columns + at, (normed * w).to(y.dtype.element_ty), mask=mask)
 
 
 @Kernel
@@ -110,6 +100,10 @@ def _finish_kernel(
     tl.store(dweight + at, out.to(dweight.dtype.element_ty), mask=at < columns)
 
 
+def _warps(block: int) -> int:
+    return min(max(1, block // 512), 8 if block <= 8192 else 16)
+
+
 def _unsupported(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "the Triton kernels do not compute in float64"
@@ -129,12 +123,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
     total = torch.empty((rows, columns) if residual is not None else (0,), dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = max(min(1024, next_power_of_2(columns)), next_power_of_2(columns) // PARTS)
+        block = next_power_of_2(columns)
         _forward_kernel[(rows,)](
             x, x if residual is None else residual, weight.contiguous(), y, total, rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, PARTS=-(-columns // block), MASKED=columns % block > 0,
-            num_warps=max(1, block // 256),
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return y, rstd, total
 
@@ -168,7 +161,7 @@ def _rms_norm_backward(
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
         rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
-        num_warps=min(16, max(1, block // (512 if block < 8192 else 1024))),
+        num_warps=_warps(block),
     )  # fmt: skip
     _finish_kernel[(-(-columns // FINISH_COLUMNS),)](
         partial, dweight, programs, columns, PROGRAMS=most, ROWS=64, COLUMNS=FINISH_COLUMNS, EARLY=early,

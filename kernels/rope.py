@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
+GRID_ROWS = 65535  # the second dimension of a grid of programs takes no more
+
+
 class Cache(NamedTuple):
     """Where to write the rotated k and the v as well (`kv_cache.py` says what these are)."""
 
@@ -41,14 +44,15 @@ class Cache(NamedTuple):
 
 @Kernel
 def _kernel(
-    x, positions, inverse_frequencies, row_stride, heads, all_heads, sign,
+    x, positions, inverse_frequencies, rows, row_stride, heads, all_heads, sign,
     k_cache, v_cache, slots, k_descale, v_descale, page, k_block, k_slot, k_head, v_block, v_slot, v_head,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, PROGRAMS: tl.constexpr,
-    CACHE: tl.constexpr, DESCALE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CACHE: tl.constexpr, DESCALE: tl.constexpr,
 ):  # fmt: skip
-    # The PROGRAMS of a row run side by side: what lies together in memory is read and written together.
-    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    head = tl.program_id(0) % PROGRAMS * HEADS + tl.arange(0, HEADS)[:, None]
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    if row >= rows:
+        return
+    row = row.to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, BLOCK)
     frequency = tl.load(inverse_frequencies + at, mask=at < HALF, other=0.0)
     position = tl.load(positions + row).to(tl.float32)
@@ -109,13 +113,14 @@ def launch(
     per_program = min(next_power_of_2(all_heads), max(1, 1024 // block))  # the angles are computed once for these heads
     k, v, slots, k_descale, v_descale = cache or (x, x, x, None, None)  # pointers that are not followed
     if x.shape[0]:
-        programs = -(-all_heads // per_program)
-        _kernel[(x.shape[0] * programs,)](
-            x, positions.contiguous(), inverse_frequencies, x.stride(0), heads, all_heads, -1.0 if inverse else 1.0,
+        # A row's programs run side by side: what lies together in memory is read and written together.
+        rows, down = x.shape[0], min(x.shape[0], GRID_ROWS)
+        _kernel[(-(-all_heads // per_program), down, -(-rows // down))](
+            x, positions.contiguous(), inverse_frequencies, rows, x.stride(0), heads, all_heads,
+            -1.0 if inverse else 1.0,
             k, v, slots, x if k_descale is None else k_descale, x if v_descale is None else v_descale,
             k.shape[1], *(k.stride()[:3] if cache else (0, 0, 0)), *(v.stride()[:3] if cache else (0, 0, 0)),
-            HALF=half, BLOCK=block, HEADS=per_program, PROGRAMS=programs,
-            CACHE=cache is not None, DESCALE=k_descale is not None,
+            HALF=half, BLOCK=block, HEADS=per_program, CACHE=cache is not None, DESCALE=k_descale is not None,
             num_warps=min(16, max(1, per_program * block // 256)),
         )  # fmt: skip
 
