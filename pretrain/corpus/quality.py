@@ -122,7 +122,7 @@ def _judged(
     """What is measured of a file, and why it goes, or ""."""
     own = language_of(path)  # a file in Kotlin may stand among many in Java, but a header is of its document's language
     language = document_language if own is None or path.endswith(".h") else own.name
-    wrong = syntax.error_share(path, language, text) if settings.syntax else None
+    wrong = syntax.error_share(path, language, text, settings.max_error_share) if settings.syntax else None
     score = float(scorer(path, language, text)) if scorer else None
     about: dict[str, Any] = {"path": path, "language": language, "error_share": wrong, "score": score}
     about |= signals.signals(language, text) if settings.signals else {}
