@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import re
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -169,6 +170,9 @@ def sections(out: Path) -> list[report.Section]:
 
 Encoder = Callable[[list[str]], list[list[int]]]
 
+# Characters. Ids are 36 bytes each as Python's numbers: those of large documents would be new pages from the kernel.
+_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -186,16 +190,20 @@ def encode_shard(out: Path, shard: Shard, settings: Encoding) -> Result:
     counts: dict[str, Any] = {"documents": 0, "files": 0, "bytes": 0, "tokens": 0}
     dropped: list[dict[str, str]] = []
     found = documents.read(piece)
+    number = np.dtype(settings.dtype).char  # struct has the same letters, and is faster with lists of Python's numbers
     for document in _without_tests(found, decontaminate.load(*tests), dropped) if tests else found:
-        files = encode(document.texts)
-        lengths = list(map(len, files))
-        ids = np.fromiter(itertools.chain.from_iterable(files), settings.dtype, sum(lengths))
+        ids: list[bytes] = []
+        lengths: list[int] = []
+        for texts in batched(document.texts, len, _AT_ONCE):
+            for file in encode(texts):
+                ids.append(struct.pack(f"<{len(file)}{number}", *file))
+                lengths.append(len(file))
         size = sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts)
-        rows["ids"].append(ids.tobytes())
+        rows["ids"].append(b"".join(ids))
         rows["files"].append(lengths)
         rows["bytes"].append(size)
-        made = {"documents": 1, "files": len(files), "bytes": size, "tokens": len(ids)}
-        length = str(max(1, len(ids)).bit_length() - 1)
+        made = {"documents": 1, "files": len(lengths), "bytes": size, "tokens": sum(lengths)}
+        length = str(max(1, sum(lengths)).bit_length() - 1)
         stage.add(counts, made | {"languages": {document.language: made}, "lengths": {length: 1}})
     tables = {"part": pa.table(rows, PARTS)}
     if dropped:

@@ -7,7 +7,8 @@ problem, of numpy, pandas and matplotlib, would take the better part of all data
 before its import lines, and begins anew behind them.
 
 A file's word sequences are 64-bit hashes, and nearly all are told apart from the tests' by one look into a table of
-bits; what is left is searched for in the sorted hashes of the tests.
+bits; what is left is searched for in the sorted hashes of the tests, and of that what runs from one text into the next
+is no find.
 """
 
 import gzip
@@ -48,14 +49,14 @@ class Tests:
             n = min(len(words), ngram)
             if n < (shortest if whole else ngram):  # of what is short the whole must occur, and this is none
                 continue
-            hashes = minhash.word_hashes([data])
-            found = minhash.grams(*hashes, n)[0]
+            hashes, _ = minhash.word_hashes([data])
+            found = minhash.sequences(hashes, n)
             telling = np.array([_telling(words[i : i + n]) for i in range(len(found))])
             if n == ngram:
                 long.append(found[telling])
             elif telling[0]:
                 short.setdefault(n, []).append(found)
-                starts.append(minhash.grams(*hashes, shortest)[0][:1])
+                starts.append(minhash.sequences(hashes, shortest)[:1])
         self.long, self.starts = _Set(long), _Set(starts)
         self.short = {n: _Set(found) for n, found in short.items()}
 
@@ -63,16 +64,15 @@ class Tests:
         """Which of the texts hold a sequence of a benchmark."""
         hit = np.zeros(len(texts), dtype=bool)
         words, offsets = minhash.word_hashes(texts)
-        found, ends = minhash.grams(words, offsets, self.ngram)
-        hit[np.searchsorted(ends, self.long.places(found), side="right") - 1] = True
+        found = {self.ngram: self.long.places(minhash.sequences(words, self.ngram))}
         if self.short:
-            found, ends = minhash.grams(words, offsets, self.shortest)
-            places = self.starts.places(found)
-            text = np.searchsorted(ends, places, side="right") - 1
-            begin = places - ends[text] + offsets[text]
+            begins = self.starts.places(minhash.sequences(words, self.shortest))
             for n, known in self.short.items():
-                fits = begin + n <= offsets[text + 1]
-                hit[text[fits][known.places(minhash.grams_at(words, begin[fits], n))]] = True
+                some = begins[begins + n <= len(words)]
+                found[n] = some[known.places(minhash.sequences_at(words, some, n))]
+        for n, begins in found.items():
+            text = np.searchsorted(offsets, begins, side="right") - 1
+            hit[text[begins + n <= offsets[text + 1]]] = True
         return hit
 
 

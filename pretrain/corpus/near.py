@@ -57,7 +57,7 @@ def sign_shard(out: Path, shard: Shard, settings: Signing) -> Result:
     sizes: list[int] = []
     for documents in batches(out / shard.inputs[0]):
         begin = len(sizes)
-        texts = ["".join(map(bare, row["paths"], row["texts"])).encode() for row in documents]
+        texts = [b"".join(map(str.encode, map(bare, row["paths"], row["texts"]))) for row in documents]
         repos += [row["repo"] for row in documents]
         first_paths += [row["paths"][0] for row in documents]
         sizes += map(len, texts)

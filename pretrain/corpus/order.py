@@ -94,7 +94,8 @@ def order_shard(out: Path, shard: Shard, settings: Settings) -> Result:
         documents += [vars(document) for document in found]
         add(counts, edges)
         for document in found:
-            size = {"documents": 1, "files": len(document.paths), "bytes": sum(len(t.encode()) for t in document.texts)}
+            sizes = (len(text) if text.isascii() else len(text.encode()) for text in document.texts)
+            size = {"documents": 1, "files": len(document.paths), "bytes": sum(sizes)}
             add(counts, size | {"languages": {document.language: size}})
     return Result({"part": pa.Table.from_pylist(documents, DOCUMENTS)}, counts)
 
@@ -121,12 +122,20 @@ def repository_documents(
         texts = repository.pieces(((path, files[path]) for path in paths), settings.path_comment)
         documents.append(Document(repo, max(sorted(sizes), key=lambda name: sizes[name]), paths, texts))
     counts: dict[str, Any] = {"dependencies": 0, "dependencies_first": 0, "dependencies_dropped": 0}
+    kept: dict[str, Counter[str]] = {}  # by language
     for path in files:
         for dependency, strong in edges[path].items():
             if dependency not in files:
-                add(counts, {"dependencies_dropped": 1})
+                counts["dependencies_dropped"] += 1
                 continue
-            first = int(place[dependency] < place[path])
-            mine = {"all": 1, "first": first, "strong": int(strong), "strong_first": int(strong and first)}
-            add(counts, {"dependencies": 1, "dependencies_first": first, "edges": {languages[path]: mine}})
+            first = place[dependency] < place[path]
+            mine = kept.setdefault(languages[path], Counter(all=0, first=0, strong=0, strong_first=0))
+            mine["all"] += 1
+            mine["first"] += first
+            mine["strong"] += strong
+            mine["strong_first"] += strong and first
+    for mine in kept.values():
+        counts["dependencies"] += mine["all"]
+        counts["dependencies_first"] += mine["first"]
+    counts |= {"edges": kept} if kept else {}
     return documents, counts

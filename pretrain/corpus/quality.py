@@ -4,7 +4,8 @@ A file that is dropped leaves its document, which keeps the order of the others;
 
     quality/part-*.parquet      the documents, as order.py wrote them
     quality/dropped-*.parquet   repo, path, reason
-    quality/scores-*.parquet    repo, path, language, error_share and score, and signals.NAMES
+    quality/scores-*.parquet    repo, path, language, error_share and score, and signals.NAMES; of files with test data,
+                                which go in any case, nothing is measured
 """
 
 import hashlib
@@ -87,9 +88,10 @@ def screen_shard(out: Path, shard: Shard, settings: Quality) -> Result:
         for row, some in zip(rows, texts, strict=True):
             stays = []
             for path, text, in_tests in zip(row["paths"], some, tested):  # noqa: B905 (an iterator over all rows)
-                about, reason = _judged(path, row["language"], text, settings, scorer)
-                reason = "test data" if in_tests else reason
-                scores.append({"repo": row["repo"]} | about)
+                reason = "test data"
+                if not in_tests:
+                    about, reason = _judged(path, row["language"], text, settings, scorer)
+                    scores.append({"repo": row["repo"]} | about)
                 stays.append(not reason)
                 if reason:
                     dropped.append({"repo": row["repo"], "path": path, "reason": reason})
@@ -120,7 +122,7 @@ def _judged(
     """What is measured of a file, and why it goes, or ""."""
     own = language_of(path)  # a file in Kotlin may stand among many in Java, but a header is of its document's language
     language = document_language if own is None or path.endswith(".h") else own.name
-    wrong = syntax.error_share(path, language, text) if settings.syntax else None
+    wrong = syntax.error_share(path, language, text, settings.max_error_share) if settings.syntax else None
     score = float(scorer(path, language, text)) if scorer else None
     about: dict[str, Any] = {"path": path, "language": language, "error_share": wrong, "score": score}
     about |= signals.signals(language, text) if settings.signals else {}

@@ -13,15 +13,15 @@ _CPP = re.compile(
     r"^[ \t]*(?:namespace\b|template[ \t]*<|class[ \t]+\w|using[ \t]+\w|(?:public|private|protected)[ \t]*:)|\w::\w",
     re.M,
 )
-_DOUBT = 0.02
 
 
-def error_share(path: str, language: str, text: str) -> float | None:
+def error_share(path: str, language: str, text: str, enough: float = 0.0) -> float | None:
     """The share of a file's bytes that its grammar could not read; None for a language without a grammar.
 
     Those are what stands loose in an error. What could be read within one is none: a brace that `#ifdef` has
     twice makes one error of a whole file, with all of its functions in it.
-    A header is read as C++ or C as its words tell; where that leaves errors, it counts as what it reads better as.
+    A header is read as C++ or C as its words tell; where that leaves a larger share than `enough`, it counts as what it
+    reads better as.
     """
     if path.endswith(".tsx"):
         language = "TSX"
@@ -31,7 +31,7 @@ def error_share(path: str, language: str, text: str) -> float | None:
         return None
     source = text.encode()
     share = _share(language, source)
-    if share > _DOUBT and path.endswith(".h"):  # reading C++ as C takes ten times as long
+    if share > enough and path.endswith(".h"):  # reading C++ as C takes ten times as long
         share = min(share, _share("C" if language == "C++" else "C++", source))
     return share
 

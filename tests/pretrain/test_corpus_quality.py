@@ -229,6 +229,7 @@ def test_the_stage(tmp_path, monkeypatch):
         "alone.c": "syntax errors",
     }
     scores = {row["path"]: row for row in pq.read_table(out / "quality" / "scores-00000.parquet").to_pylist()}
+    assert scores.keys() == {"good.py", "other.md", "broken.py", "alone.c"}
     assert scores["good.py"]["error_share"] == 0
     assert scores["other.md"]["error_share"] is None
     assert (scores["good.py"]["lines"], scores["other.md"]["words"]) == (3, 3)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.corpus.rules import Rules, _alphanumeric, _letters, drop_reason, filter_of, name_reason, visible_text
+from pretrain.corpus.rules import Rules, _fewer, drop_reason, filter_of, name_reason, visible_text
 
 RULES = Rules()
 DATA = "\n".join(["abcdefghi"] * 600)
@@ -75,10 +75,10 @@ def test_thresholds_can_be_changed():
     assert drop_reason(DATA[:5001], "JSON", Rules(data_longest=5001)) is None
 
 
-@given(st.text())
-def test_letters_are_counted_alike_with_and_without_the_ascii_path(text):
-    assert _letters(text) == sum(character.isalpha() for character in text)
-    assert _alphanumeric(text) == sum(character.isalnum() for character in text)
+@given(st.text(), st.integers(0, 8))
+def test_shares_are_those_of_all_characters_with_and_without_the_ascii_path(text, eighths):
+    for kind in (str.isalpha, str.isalnum):
+        assert _fewer(kind, text, eighths / 8) == (sum(map(kind, text)) < eighths / 8 * len(text))
 
 
 def test_visible_text():
