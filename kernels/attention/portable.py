@@ -216,8 +216,7 @@ def _dkdv_kernel(
     row = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
     q_at = q + head * q_head + (b_q + row) * q_row + at[None, :]
     dout_at = dout + head * dout_head + (b_q + row) * dout_row + at[None, :]
-    sums_row = (b_q // SUMS_BLOCK + document) * SUMS_BLOCK + tl.arange(0, BLOCK_M)
-    lse_at = sums + head * 2 * sums_rows + sums_row
+    lse_at = sums + head * 2 * sums_rows + (b_q // SUMS_BLOCK + document) * SUMS_BLOCK
     dk_tile = tl.zeros((BLOCK_N, D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, D), tl.float32)
     scale_log2 = tl.cast(scale, tl.float32) * LOG2E
@@ -228,7 +227,7 @@ def _dkdv_kernel(
         i = start + tl.arange(0, BLOCK_M)
         shift = tl.cast(start, tl.int64)
         q_tile = _load(q_at + shift * q_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
-        lse_i = tl.load(lse_at + shift)
+        lse_i = tl.load(lse_at + i)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s - lse_i[None, :])
         if CAUSAL:
@@ -236,7 +235,7 @@ def _dkdv_kernel(
         dout_tile = _load(dout_at + shift * dout_row, i[:, None] < n_q, True, UPCAST)  # [BLOCK_M, D]
         dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-        ds = p * (dp - tl.load(lse_at + sums_rows + shift)[None, :])
+        ds = p * (dp - tl.load(lse_at + sums_rows + i)[None, :])
         dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     dk_at = dk + position[:, None] * dk_row + head * dk_head + at[None, :]
     dv_at = dv + position[:, None] * dv_row + head * dv_head + at[None, :]
