@@ -15,7 +15,6 @@ number of workers: the same inputs give the same bytes. Only shard-*.json holds 
 """
 
 import dataclasses
-import gc
 import hashlib
 import json
 import re
@@ -283,7 +282,6 @@ def _expected(value: Any, default: Any) -> str:
 def work(job: Job) -> Record:
     """Does one shard, writes its outputs and its record, and returns the record; never raises."""
     started = time.process_time()
-    gc.freeze()  # a shard makes many objects, and each full collection would go through all that is loaded
     try:
         result = job.function(job.out, job.shard, job.settings)
         outputs = {}
@@ -305,7 +303,6 @@ def work(job: Job) -> Record:
         record = {"key": job.key, "failed": reason, "traceback": traceback.format_exc()}
         with suppress(ValueError):  # on a full disk the one who asked hears it all the same
             write_json(job.record, record)
-    gc.unfreeze()
     return record
 
 
