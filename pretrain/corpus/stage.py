@@ -303,6 +303,7 @@ def work(job: Job) -> Record:
         record = {"key": job.key, "failed": reason, "traceback": traceback.format_exc()}
         with suppress(ValueError):  # on a full disk the one who asked hears it all the same
             write_json(job.record, record)
+    pa.default_memory_pool().release_unused()  # or each thread of Arrow's keeps pages, more with each shard
     return record
 
 
