@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # Tokens of a chunk. However wide hidden is, a chunk adds 4 bytes of traffic for each CHUNK floating point operations of
-# the weight's product. 4096 would fill an H200's 132 multiprocessors a little better.
+# the weight's product. 4096 would fill an H200's 132 multiprocessors better, and take as much memory as Liger does.
 CHUNK = 3840
 
 
@@ -100,7 +100,7 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parts(vocab: int, dtype: torch.dtype) -> list[int]:
-    """Rows of the tensors in which dweight is added up: four where `_joined` has something to round."""
+    """Rows of the tensors in which dweight is added up: up to four where `_joined` has something to round."""
     rows = -(-vocab // (4 * 64)) * 64 if _kept(dtype) != reference.wide(dtype) else vocab
     return [min(rows, vocab - first) for first in range(0, vocab, rows)]
 

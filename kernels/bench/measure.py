@@ -19,6 +19,8 @@ PACKAGES = (
     "cut-cross-entropy", "quack-kernels",
 )  # fmt: skip
 
+PLACES = 5  # in memory, for the results of a function that is timed
+
 
 def milliseconds(function: Callable[[], Any]) -> dict[str, float]:
     """Median of many runs, with the L2 cache cleared before each, and the quantiles 0.2 and 0.8 as its spread."""
@@ -26,13 +28,13 @@ def milliseconds(function: Callable[[], Any]) -> dict[str, float]:
     return {"ms": median, "low": low, "high": high}
 
 
-def graphed(function: Callable[[], Any], copies: int = 5) -> Callable[[], Any]:
+def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     """The function's launches as CUDA graphs, so that the host's speed is not measured. On the current stream.
 
     Where results lie in memory decides up to 3 % of the time of a kernel that does nothing but copy. So several graphs
     are captured, each with results of its own, and replayed in turn.
     """
-    graphs = [torch.cuda.CUDAGraph() for _ in range(copies)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(PLACES)]
     for graph in graphs:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             function()

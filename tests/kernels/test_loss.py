@@ -143,20 +143,36 @@ def test_the_factor_is_not_rounded(triton, device, dtype):
     assert torch.equal(third, expected.to(dtype))
 
 
-@pytest.mark.parametrize("vocab", [256, 300, 1001])
-def test_the_sum_in_parts_is_the_sum(device, monkeypatch, vocab):
-    """bf16: rows of the weight's gradient that lie in four tensors until they are rounded."""
+@pytest.mark.parametrize("vocab,parts", [(256, [64] * 4), (300, [128, 128, 44]), (1001, [256, 256, 256, 233])])
+def test_the_sum_in_parts_is_the_sum(device, monkeypatch, vocab, parts):
+    """bf16: rows of the weight's gradient that lie in several tensors until they are rounded."""
     monkeypatch.setattr(loss_module, "CHUNK", 5)
     hidden, weight, targets = inputs(torch.bfloat16, 13, 8, vocab, device)
     weight.requires_grad_()
-    assert len(loss_module._parts(vocab, torch.bfloat16)) > 2
+    assert loss_module._parts(vocab, torch.bfloat16) == parts
     found = []
     with backend("reference"):
-        for parts in (loss_module._parts, lambda vocab, dtype: [vocab]):
-            monkeypatch.setattr(loss_module, "_parts", parts)
+        for make_parts in (loss_module._parts, lambda vocab, dtype: [vocab]):
+            monkeypatch.setattr(loss_module, "_parts", make_parts)
             found += torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0] / 3, weight)
     torch.testing.assert_close(*found, rtol=2**-7, atol=1e-6)  # products of other shapes round elsewhere
     assert found[0].any(1).all()  # every row was written
+
+
+def test_no_chunk_is_larger(device, monkeypatch):
+    """Logits exist for a chunk at a time, in one place."""
+    chunks, made = [], loss_module._cross_entropy_
+
+    def spy(logits, *args):
+        chunks.append((len(logits), logits.data_ptr()))
+        made(logits, *args)
+
+    monkeypatch.setattr(loss_module, "_cross_entropy_", spy)
+    hidden, weight, targets = inputs(torch.float32, 2 * loss_module.CHUNK + 5, 8, 16, device)
+    with backend("reference"):
+        linear_cross_entropy(hidden, weight, targets)
+    assert [tokens for tokens, _ in chunks] == [loss_module.CHUNK, loss_module.CHUNK, 5]
+    assert len({place for _, place in chunks}) == 1
 
 
 def test_opcheck(opcheck, device):
