@@ -60,17 +60,16 @@ def test_shards_of_three_processes(tmp_path: Path, tiny_config: Any, random_tens
     """Cut unevenly by rows, as FSDP does, and by columns."""
     body = """
         import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Shard, distribute_tensor
-        dist.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (3,))
-        state = torch.load(sys.argv[1])
-        for dimension, folder in enumerate(sys.argv[2:]):
-            cut = {name: Shard(dimension if tensor.ndim == 2 else 0) for name, tensor in state.items()}
-            shards = {name: distribute_tensor(tensor, mesh, [cut[name]]) for name, tensor in state.items()}
-            dcp.save(shards, checkpoint_id=folder)
-        dist.barrier()
-        dist.destroy_process_group()
+        from pretrain.parallel import process_group
+        with process_group("cpu") as mesh:
+            state = torch.load(sys.argv[1])
+            for dimension, folder in enumerate(sys.argv[2:]):
+                cut = {name: Shard(dimension if tensor.ndim == 2 else 0) for name, tensor in state.items()}
+                shards = {name: distribute_tensor(tensor, mesh, [cut[name]]) for name, tensor in state.items()}
+                dcp.save(shards, checkpoint_id=folder)
+                del shards
+            dist.barrier()
     """
     torch.save(fused, tmp_path / "state.pt")
     (tmp_path / "save.py").write_text(textwrap.dedent(body))
