@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .persistent import Work, locate, make_ring, take, thread_barrier, told
+from .persistent import Work, locate, make_ring, not_earlier, take, thread_barrier, told
 from .schedule import COLUMNS
 
 ROWS = gl.constexpr(64)  # queries of a tile
@@ -195,8 +195,8 @@ def _tile(
     if MASKED:
         c = CONSUMER * KEYS + gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, S)), 1)
         if CAUSAL:
-            r = i * ROWS + gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, S)), 0)
-            p = gl.where(r - c >= item.shift, p, 0.0)
+            r = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, S)), 0)
+            p = gl.where(r >= not_earlier(c + item.shift - i * ROWS), p, 0.0)
         else:
             p = gl.where(c < item.keys, p, 0.0)
     dv = warpgroup_mma(gl.convert_layout(p.to(bufs.do.dtype), P), do, dv, is_async=True)

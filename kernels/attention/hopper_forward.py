@@ -6,8 +6,8 @@ cores busy (FlashAttention-3, arXiv 2407.08608):
 
 - inside a consumer, the scores of tile i are issued before the product of tile i - 1 with V, which then runs during the
   softmax of tile i (the assembler must be kept from waiting for it before the softmax: `_before_waiting`);
-- between the consumers, a turn token (`turn`) lets their score products alternate: one computes its softmax while
-  the other has the tensor cores.
+- between the consumers, one computes its softmax while the other has the tensor cores. A softmax is longer than the
+  other's two products, so they fall into alternation by themselves; taking turns by a token cost 1 %.
 
 Programs are persistent, one per multiprocessor, and walk a list of work items (`schedule.py`), heaviest first: the
 producer fetches the next item's tiles while the consumers still finish this one. Keys are walked backwards from the
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .persistent import Work, locate, make_ring, take, thread_barrier, told
+from .persistent import Work, locate, make_ring, not_earlier, take, thread_barrier, told
 from .schedule import COLUMNS
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -62,11 +62,11 @@ class Barriers(NamedTuple):
     k_empty: Any
     v_full: Any
     v_empty: Any
-    turn: Any
 
 
 class Buffers(NamedTuple):
-    """Shared memory: q, o (CONSUMERS, ROWS, D); k, v (STAGES, BLOCK_N, D)."""
+    """Shared memory: q (2 * CONSUMERS, ROWS, D), of this item and the next, for whose keys the producer would wait
+    otherwise until this one's queries are done with; o (CONSUMERS, ROWS, D); k, v (STAGES, BLOCK_N, D)."""
 
     q: Any
     k: Any
@@ -114,10 +114,11 @@ def _producer(
             position = key + (tiles - 1 - i) * BLOCK_N
             if i == 0:
                 for c in gl.static_range(2):
-                    mbarrier.wait(bars.q_empty.index(c), (number & 1) ^ 1)
-                    mbarrier.expect(bars.q_full.index(c), desc.q.block_type.nbytes)
+                    q_slot = number % 2 * CONSUMERS + c
+                    mbarrier.wait(bars.q_empty.index(q_slot), ((number // 2) & 1) ^ 1)
+                    mbarrier.expect(bars.q_full.index(q_slot), desc.q.block_type.nbytes)
                     tma.async_copy_global_to_shared(
-                        desc.q, [row + c * ROWS, head * strides.q], bars.q_full.index(c), bufs.q.index(c)
+                        desc.q, [row + c * ROWS, head * strides.q], bars.q_full.index(q_slot), bufs.q.index(q_slot)
                     )
             mbarrier.wait(bars.k_empty.index(slot), empty)
             mbarrier.expect(bars.k_full.index(slot), desc.k.block_type.nbytes)
@@ -131,14 +132,10 @@ def _producer(
 
 
 @gluon.jit
-def _scores(
-    q, bars, bufs, count,
-    CONSUMER: gl.constexpr, S: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Issues Q K^T of the count-th tile when it is this consumer's turn."""
+def _scores(q, bars, bufs, count, S: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Issues Q K^T of the count-th tile."""
     slot = count % STAGES
     mbarrier.wait(bars.k_full.index(slot), (count // STAGES) & 1)
-    mbarrier.wait(bars.turn.index(CONSUMER), (count & 1) ^ (1 - CONSUMER))
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=S)
     return warpgroup_mma(q, bufs.k.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -176,24 +173,24 @@ def _masked(s, first, seen, n_k, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, S:
     limit = gl.full([ROWS], 0, gl.int32, layout=gl.SliceLayout(1, S)) + n_k
     if CAUSAL:
         limit = gl.minimum(limit, seen + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S)))
-    column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+    limit = not_earlier(limit - first)
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
     return gl.where(gl.expand_dims(column, 0) < gl.expand_dims(limit, 1), s, -float("inf"))
 
 
 @gluon.jit
 def _fold(
     q, acc, mass, m, p, count, bars, bufs, first, seen, n_k, scale_log2,
-    CONSUMER: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
     S: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Issues the scores of tile `count`, folds the exponentials p of the tile before into acc, makes new ones."""
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     slot = count % STAGES
     before = (count - 1) % STAGES
-    s = _scores(q, bars, bufs, count, CONSUMER, S, BLOCK_N, STAGES)
+    s = _scores(q, bars, bufs, count, S, BLOCK_N, STAGES)
     p16 = gl.convert_layout(p.to(bufs.v.dtype), P)
     mbarrier.wait(bars.v_full.index(before), ((count - 1) // STAGES) & 1)
-    mbarrier.arrive(bars.turn.index(1 - CONSUMER), count=1)
     acc = warpgroup_mma(p16, bufs.v.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(bars.k_empty.index(slot), count=1)
@@ -219,7 +216,6 @@ def _consumer(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    q = bufs.q.index(CONSUMER)
     count = 0
     number = 0
     item = gl.program_id(0)
@@ -238,26 +234,28 @@ def _consumer(
 
         m = gl.full([ROWS], -float("inf"), gl.float32, layout=gl.SliceLayout(1, S))
         acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
-        mbarrier.wait(bars.q_full.index(CONSUMER), number & 1)
-        s = _scores(q, bars, bufs, count, CONSUMER, S, BLOCK_N, STAGES)
-        mbarrier.arrive(bars.turn.index(1 - CONSUMER), count=1)
+        q_slot = number % 2 * CONSUMERS + CONSUMER
+        q = bufs.q.index(q_slot)
+        mbarrier.wait(bars.q_full.index(q_slot), (number // 2) & 1)
+        s = _scores(q, bars, bufs, count, S, BLOCK_N, STAGES)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(bars.k_empty.index(count % STAGES), count=1)
         s = _masked(s, (tiles - 1) * BLOCK_N, seen, n_k, BLOCK_N, CAUSAL, S)
         p, _, m = _softmax(s, m, scale_log2, True)
         mass = _row_sums(p)
-        for i in range(1, tiles - unmasked):
-            acc, mass, m, p = _fold(
-                q, acc, mass, m, p, count + i, bars, bufs, (tiles - 1 - i) * BLOCK_N, seen, n_k, scale_log2,
-                CONSUMER, BLOCK_N, STAGES, CAUSAL, True, S, OUT,
-            )  # fmt: skip
+        if CAUSAL:  # else the first tile is the only one that may need a mask
+            for i in range(1, tiles - unmasked):
+                acc, mass, m, p = _fold(
+                    q, acc, mass, m, p, count + i, bars, bufs, (tiles - 1 - i) * BLOCK_N, seen, n_k, scale_log2,
+                    BLOCK_N, STAGES, CAUSAL, True, S, OUT,
+                )  # fmt: skip
         for i in range(tiles - unmasked, tiles):
             acc, mass, m, p = _fold(
                 q, acc, mass, m, p, count + i, bars, bufs, 0, seen, n_k, scale_log2,
-                CONSUMER, BLOCK_N, STAGES, CAUSAL, False, S, OUT,
+                BLOCK_N, STAGES, CAUSAL, False, S, OUT,
             )  # fmt: skip
         count += tiles
-        mbarrier.arrive(bars.q_empty.index(CONSUMER), count=1)
+        mbarrier.arrive(bars.q_empty.index(q_slot), count=1)
         last = (count - 1) % STAGES
         p16 = gl.convert_layout(p.to(bufs.v.dtype), P)
         mbarrier.wait(bars.v_full.index(last), ((count - 1) // STAGES) & 1)
@@ -297,28 +295,26 @@ def forward_kernel(
     D: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """items: `schedule.py`; *_head: columns between heads in the descriptors' two dimensions; lse (heads, total)."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, ROWS, D], q_desc.layout)
     o_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(2 * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     desc = Descriptors(q_desc, k_desc, v_desc, o_desc)
-    bars = Barriers(q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    bars = Barriers(q_full, q_empty, k_full, k_empty, v_full, v_empty)
     bufs = Buffers(q_s, k_s, v_s, o_s)
     strides = Strides(q_head, k_head, v_head, o_head)
     ring = make_ring(CONSUMERS)

@@ -73,3 +73,10 @@ def locate(work, item):
     within = item % (work.tiles * work.block)
     head = item // (work.tiles * work.block) * work.block + within % work.block
     return work.items + within // work.block * COLUMNS, head
+
+
+@gluon.jit
+def not_earlier(x):
+    """x, which nothing that depends on it can be computed before: 64 comparisons that wait for scores do not fit the
+    predicate registers, and packing them into others takes more instructions than they do."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
