@@ -241,6 +241,16 @@ class Launcher:
             self.compiled[full_key] = compiled
 
 
+GRID_ROWS = 65535  # the second and third dimensions of a grid of programs take no more
+
+
+def rows_grid(parts: int, rows: int) -> tuple[int, int, int]:
+    """A grid of programs, `parts` for each row, whose row is program_id(2) * num_programs(1) + program_id(1); the last
+    ones may be none. A row's programs run side by side: what lies together in memory is read and written together."""
+    down = min(rows, GRID_ROWS)
+    return parts, down, -(-rows // down)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, next_power_of_2, rows_grid, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-
-GRID_ROWS = 65535  # the second dimension of a grid of programs takes no more
 
 
 class Cache(NamedTuple):
@@ -59,8 +56,9 @@ def _kernel(
     a_at = x + row * row_stride + head * (2 * HALF) + at[None, :]
     b_at = a_at + HALF
     mask = (head < all_heads) & (at[None, :] < HALF)
-    a = tl.load(a_at, mask=mask, other=0.0)  # on its way during the trigonometry
-    b = tl.load(b_at, mask=mask, other=0.0)
+    # On their way during the trigonometry; evict_last as in norm.py.
+    a = tl.load(a_at, mask=mask, other=0.0, eviction_policy="evict_last")
+    b = tl.load(b_at, mask=mask, other=0.0, eviction_policy="evict_last")
     angle = position * frequency
     # sin and cos of k pi/2 + r, |r| <= pi/4 (Cephes' sinf and cosf): pi/2 in three parts of which the first two times k
     # are exact. The library's way for angles beyond 10^5 would cost registers and a stack that no position needs.
@@ -77,8 +75,8 @@ def _kernel(
     turned_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
     turned_b = (b.to(tl.float32) * cos + a.to(tl.float32) * sin).to(b.dtype)
     turned = mask & (head < heads)
-    tl.store(a_at, turned_a, mask=turned)
-    tl.store(b_at, turned_b, mask=turned)
+    tl.store(a_at, turned_a, mask=turned, eviction_policy="evict_last")
+    tl.store(b_at, turned_b, mask=turned, eviction_policy="evict_last")
     if CACHE:  # all_heads is heads and the v heads then, and the k heads are the last of heads
         slot = tl.load(slots + row).to(tl.int64)
         block = slot // page
@@ -113,10 +111,8 @@ def launch(
     per_program = min(next_power_of_2(all_heads), max(1, 1024 // block))  # the angles are computed once for these heads
     k, v, slots, k_descale, v_descale = cache or (x, x, x, None, None)  # pointers that are not followed
     if x.shape[0]:
-        # A row's programs run side by side: what lies together in memory is read and written together.
-        rows, down = x.shape[0], min(x.shape[0], GRID_ROWS)
-        _kernel[(-(-all_heads // per_program), down, -(-rows // down))](
-            x, positions.contiguous(), inverse_frequencies, rows, x.stride(0), heads, all_heads,
+        _kernel[rows_grid(-(-all_heads // per_program), x.shape[0])](
+            x, positions.contiguous(), inverse_frequencies, x.shape[0], x.stride(0), heads, all_heads,
             -1.0 if inverse else 1.0,
             k, v, slots, x if k_descale is None else k_descale, x if v_descale is None else v_descale,
             k.shape[1], *(k.stride()[:3] if cache else (0, 0, 0)), *(v.stride()[:3] if cache else (0, 0, 0)),

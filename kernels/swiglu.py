@@ -6,7 +6,7 @@ Backward, with s = sigmoid(gate):
     dup = dy * gate * s
 
 Both passes compute in fp32 and round once. The backward reads gate and up again instead of keeping silu(gate): the op
-is bound by memory, and the exponential is free.
+is bound by memory, and the exponential is free. All accesses are `evict_last`, as in norm.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, use_triton
+from .dispatch import Kernel, check, rows_grid, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -25,33 +25,42 @@ if TYPE_CHECKING:
 
 def _block(columns: int) -> int:
     """Columns of a program: the fewest that are idle, then the widest, 8 for each of its threads."""
-    return max((2048, 4096, 8192), key=lambda block: (-(-(-columns // block) * block), block))
+    return max((2048, 4096), key=lambda block: (-(-(-columns // block) * block), block))
 
 
 @Kernel
-def _forward_kernel(gate_up, y, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    if row >= rows:
+        return
+    row = row.to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at
-    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * columns + at, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=mask)
+    gate = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    up = tl.load(source + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    result = (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty)
+    tl.store(y + row * columns + at, result, mask=mask, eviction_policy="evict_last")
 
 
 @Kernel
-def _backward_kernel(dy, gate_up, dgate_up, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _backward_kernel(dy, gate_up, dgate_up, rows, row_stride, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    if row >= rows:
+        return
+    row = row.to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at
-    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(dy + row * columns + at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    up = tl.load(source + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    d = tl.load(dy + row * columns + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     s = tl.sigmoid(gate)
     out = dgate_up + row * 2 * columns + at
-    tl.store(out, (d * up * s * (1.0 + gate * (1.0 - s))).to(dgate_up.dtype.element_ty), mask=mask)
-    tl.store(out + columns, (d * gate * s).to(dgate_up.dtype.element_ty), mask=mask)
+    dgate = (d * up * s * (1.0 + gate * (1.0 - s))).to(dgate_up.dtype.element_ty)
+    dup = (d * gate * s).to(dgate_up.dtype.element_ty)
+    tl.store(out, dgate, mask=mask, eviction_policy="evict_last")
+    tl.store(out + columns, dup, mask=mask, eviction_policy="evict_last")
 
 
 def _unsupported(x: Tensor) -> str | None:
@@ -67,8 +76,8 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     y = torch.empty((rows, columns), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         block = _block(columns)
-        _forward_kernel[(rows, -(-columns // block))](
-            gate_up, y, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
+        _forward_kernel[rows_grid(-(-columns // block), rows)](
+            gate_up, y, rows, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
         )
     return y
 
@@ -87,8 +96,8 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty((rows, 2 * columns), dtype=gate_up.dtype, device=gate_up.device)
     if dy.numel():
         block = _block(columns)
-        _backward_kernel[(rows, -(-columns // block))](
-            dy.contiguous(), gate_up, dgate_up, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
+        _backward_kernel[rows_grid(-(-columns // block), rows)](
+            dy.contiguous(), gate_up, dgate_up, rows, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
         )
     return dgate_up
 
