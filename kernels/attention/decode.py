@@ -29,18 +29,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_SPLIT = 128  # keys: a shorter range is over before it is worth its partial result
 COMBINED = 64  # ranges that are added up at a time: part of the order of the sum
+MANY = 3  # programs one after the other: beyond, what each waits for when it begins counts more than wide tiles
+FEW = 64  # rows of results, of which each has a multiprocessor to itself
 
 
-def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool) -> dict[str, int]:
+def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool, narrow: bool = False) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps, num_stages for that many packed rows: two programs fit a multiprocessor of Hopper,
     each with two or three tiles on their way. Where an address is loaded before what it points to, two stages make one
-    tile."""
+    tile. narrow: of half as many keys, which are there sooner when a program begins; also for ranges of two tiles."""
     if interpreting():
         m, n, warps, stages = 16, 16, 1, 1  # small, so that short sequences cross tiles
     elif dtype == torch.float32:  # no tensor cores: operands in registers
         m, n, warps, stages = 16, 32, 8, 2
     else:
-        m, n = min(128, max(16, next_power_of_2(rows))), (32 if paged else 64) * (1 if head_dim > 64 else 2)
+        m, n = min(128, max(16, next_power_of_2(rows))), (32 if narrow else 64) * (1 if head_dim > 64 else 2)
         warps, stages = 4 if m <= 64 else 8, 6 if paged else 4
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
@@ -52,14 +54,14 @@ def _slots(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def split_count(programs: int, capacity: int, slots: int) -> int:
-    """Ranges per sequence: the fewest that keep the slots nearly (0.95) as busy as the best number would."""
+def split_count(programs: int, tiles: int, most: int, slots: int) -> int:
+    """Ranges per sequence of that many tiles: the fewest, of `most`, that keep the slots nearly (0.95) as busy as the
+    best number would. Ranges are whole tiles, so the last ones may have nothing left."""
 
     def busy(splits: int) -> float:
-        waves = programs * splits / slots
-        return waves / -(-programs * splits // slots)
+        return tiles / (-(-programs * splits // slots) * -(-tiles // splits))
 
-    counts = range(1, max(1, min(4 * slots // max(1, programs), capacity // MIN_SPLIT)) + 1)
+    counts = range(1, max(1, min(4 * slots // max(1, programs), most)) + 1)
     best = max(map(busy, counts))
     return next(count for count in counts if busy(count) >= 0.95 * best)
 
@@ -202,15 +204,21 @@ def attention_with_kvcache(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, queries, heads), dtype=torch.float32, device=q.device)
     if rows:
-        sizes = block_sizes(queries * heads // kv_heads, head_dim, q.dtype, block_table is not None)
-        tiles = triton.cdiv(queries * heads // kv_heads, sizes["BLOCK_M"])
+        paged, packed = block_table is not None, queries * heads // kv_heads
+        sizes = block_sizes(packed, head_dim, q.dtype, paged)
+        tiles = triton.cdiv(packed, sizes["BLOCK_M"])
         page = 0 if block_table is None else k_cache.shape[1]
         capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
         if split_size:
             split_size = -(-split_size // sizes["BLOCK_N"]) * sizes["BLOCK_N"]
             num_splits = max(1, triton.cdiv(capacity, split_size))
-        elif num_splits == 0:
-            num_splits = split_count(batch * kv_heads * tiles, capacity, _slots(q.device))
+        else:
+            programs, slots = batch * kv_heads * tiles, _slots(q.device)
+            if num_splits == 0:
+                keys = triton.cdiv(capacity, sizes["BLOCK_N"])
+                num_splits = split_count(programs, keys, capacity // MIN_SPLIT, slots)
+            if paged and (programs * num_splits > MANY * slots or capacity <= 2 * num_splits * sizes["BLOCK_N"]):
+                sizes = block_sizes(packed, head_dim, q.dtype, paged, narrow=True)
         partial, partial_lse = out, lse
         if num_splits > 1:
             partial = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
@@ -228,8 +236,9 @@ def attention_with_kvcache(
             UPCAST=interpreted_bf16, EARLY=early, **sizes,
         )  # fmt: skip
         if num_splits > 1:
-            # With a fixed split size the order of the sum must not depend on how many ranges there could be.
-            block = COMBINED if split_size else min(COMBINED, max(8, next_power_of_2(num_splits)))
+            # With a fixed split size the order of the sum must not depend on how many ranges there could be. Of few
+            # rows each is faster with the warps of a full block.
+            block = COMBINED if split_size or rows <= FEW else min(COMBINED, max(8, next_power_of_2(num_splits)))
             _combine_kernel[(rows,)](
                 partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=block,
                 num_warps=max(1, block // 16), launch_pdl=early,

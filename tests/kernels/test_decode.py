@@ -189,15 +189,15 @@ def test_opcheck(opcheck, device):
 
 
 def test_split_count():
-    from kernels.attention.decode import MIN_SPLIT, split_count
+    from kernels.attention.decode import split_count
 
-    assert split_count(16, 16384, 264) == 16  # 256 programs of 264 at a time
-    assert split_count(256, 16384, 264) == 1  # as good as full
-    assert split_count(1, 16384, 264) == 122  # of 16384 / MIN_SPLIT = 128, as good: no range is shorter
-    assert split_count(1, 100, 264) == 1
-    assert split_count(144, 16384, 264) > 1  # one split would leave half of them idle
+    assert split_count(16, 256, 128, 264) == 16  # 256 programs of 264 at a time
+    assert split_count(256, 256, 128, 264) == 1  # as good as full
+    assert split_count(1, 256, 128, 264) == 128  # 122 would be ranges of three tiles, and 36 of them empty
+    assert split_count(1, 1, 0, 264) == 1
+    assert split_count(144, 256, 128, 264) > 1  # one split would leave half of them idle
     for programs in range(1, 600):
-        assert 1 <= split_count(programs, 16384, 264) <= 16384 // MIN_SPLIT
+        assert 1 <= split_count(programs, 256, 128, 264) <= 128
 
 
 def test_head_dim_without_a_kernel(triton, device):
