@@ -32,6 +32,7 @@ CHUNK = 4096  # tokens, at most
 def _cross_entropy_kernel(
     logits, targets, losses, row_stride, vocab, ignore_index, z_loss, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * row_stride
     at = tl.arange(0, BLOCK)
@@ -45,13 +46,15 @@ def _cross_entropy_kernel(
         # Read before anything is overwritten; a target outside the vocabulary gives NaN, not a stray read.
         exists = (target >= 0) & (target < vocab)
         picked = tl.load(x + target, mask=exists, other=float("nan")).to(tl.float32)
+        # exp2 of one fused multiplication and subtraction: tl.exp is four instructions more, and with them this kernel
+        # waits for its instructions, not for the memory.
         m = -float("inf")
         total = 0.0
         for start in range(0, vocab, BLOCK):
             block = tl.load(x + start + at, mask=start + at < vocab, other=-float("inf"), eviction_policy="evict_last")
             block = block.to(tl.float32)
             new = tl.maximum(m, tl.max(block, axis=0))
-            total = total * tl.exp(m - new) + tl.sum(tl.exp(block - new), axis=0)
+            total = total * tl.exp2((m - new) * LOG2E) + tl.sum(tl.exp2(block * LOG2E - new * LOG2E), axis=0)
             m = new
         lse = m + tl.log(total)
         z = tl.cast(z_loss, tl.float32)
@@ -61,8 +64,11 @@ def _cross_entropy_kernel(
             for start in range(0, vocab, BLOCK):
                 mask = start + at < vocab
                 block = tl.load(x + start + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-                d = tl.exp(block - lse) * factor - tl.where(start + at == target, 1.0, 0.0)
+                d = tl.exp2(block * LOG2E - lse * LOG2E) * factor
                 tl.store(x + start + at, d.to(logits.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # the target's, once more: behind the others
+            d = tl.exp2(picked * LOG2E - lse * LOG2E) * factor - 1.0
+            tl.store(x + target, d.to(logits.dtype.element_ty), mask=exists)
 
 
 @Kernel
