@@ -1,6 +1,6 @@
 """The head's matrix product and the cross-entropy, without ever holding all logits.
 
-    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, of `CHUNK` tokens at a time
+    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, of `CHUNK` tokens at most at a time
     loss = sum over valid tokens of  lse - logits[target] + z_loss * lse^2,    lse = log sum exp(logits), fp32
     dlogits = softmax(logits) * (1 + 2 z_loss lse) - onehot(target)            zero for ignored tokens
     dhidden = dlogits weight,    dweight = dlogits^T hidden
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 CHUNK = 4096  # tokens, at most
+WIDE = 4096  # hidden sizes
 
 
 @Kernel
@@ -46,15 +47,15 @@ def _cross_entropy_kernel(
         # Read before anything is overwritten; a target outside the vocabulary gives NaN, not a stray read.
         exists = (target >= 0) & (target < vocab)
         picked = tl.load(x + target, mask=exists, other=float("nan")).to(tl.float32)
-        # exp2 of one fused multiplication and subtraction: tl.exp is four instructions more, and with them this kernel
-        # waits for its instructions, not for the memory.
+        # exp2, since tl.exp takes more instructions, and with them this kernel waits for those and not for the memory.
+        # The difference comes first: it is exact, and 0 for the largest.
         m = -float("inf")
         total = 0.0
         for start in range(0, vocab, BLOCK):
             block = tl.load(x + start + at, mask=start + at < vocab, other=-float("inf"), eviction_policy="evict_last")
             block = block.to(tl.float32)
             new = tl.maximum(m, tl.max(block, axis=0))
-            total = total * tl.exp2((m - new) * LOG2E) + tl.sum(tl.exp2(block * LOG2E - new * LOG2E), axis=0)
+            total = total * tl.exp2((m - new) * LOG2E) + tl.sum(tl.exp2((block - new) * LOG2E), axis=0)
             m = new
         lse = m + tl.log(total)
         z = tl.cast(z_loss, tl.float32)
@@ -64,10 +65,10 @@ def _cross_entropy_kernel(
             for start in range(0, vocab, BLOCK):
                 mask = start + at < vocab
                 block = tl.load(x + start + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-                d = tl.exp2(block * LOG2E - lse * LOG2E) * factor
+                d = tl.exp2((block - lse) * LOG2E) * factor
                 tl.store(x + start + at, d.to(logits.dtype.element_ty), mask=mask)
             tl.debug_barrier()  # the target's, once more: behind the others
-            d = tl.exp2(picked * LOG2E - lse * LOG2E) * factor - 1.0
+            d = tl.exp2((picked - lse) * LOG2E) * factor - 1.0
             tl.store(x + target, d.to(logits.dtype.element_ty), mask=exists)
 
 
@@ -105,8 +106,9 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 def _chunk(tokens: int, width: int) -> int:
     """Tokens of a chunk. However wide hidden is, a chunk adds 4 bytes of traffic for each CHUNK floating point
-    operations of the weight's product. From a width of CHUNK on, fewer logits take less than the weight gradient."""
-    return min(tokens, CHUNK if width < CHUNK else CHUNK * 15 // 16)
+    operations of the weight's product. Fewer than WIDE tokens' logits take less memory than a weight gradient of that
+    width."""
+    return min(tokens, CHUNK if width < WIDE else CHUNK * 15 // 16)
 
 
 def _parts(vocab: int, dtype: torch.dtype) -> list[int]:

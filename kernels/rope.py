@@ -45,10 +45,9 @@ def _kernel(
     k_cache, v_cache, slots, k_descale, v_descale, page, k_block, k_slot, k_head, v_block, v_slot, v_head,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CACHE: tl.constexpr, DESCALE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if row >= rows:
         return
-    row = row.to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, BLOCK)
     frequency = tl.load(inverse_frequencies + at, mask=at < HALF, other=0.0)

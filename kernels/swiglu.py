@@ -30,10 +30,9 @@ def _block(columns: int) -> int:
 
 @Kernel
 def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if row >= rows:
         return
-    row = row.to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at
@@ -45,10 +44,9 @@ def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
 
 @Kernel
 def _backward_kernel(dy, gate_up, dgate_up, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if row >= rows:
         return
-    row = row.to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at

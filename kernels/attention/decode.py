@@ -30,7 +30,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 MIN_SPLIT = 128  # keys: a shorter range is over before it is worth its partial result
 COMBINED = 64  # ranges that are added up at a time: part of the order of the sum
 MANY = 3  # programs one after the other: beyond, what each waits for when it begins counts more than wide tiles
-FEW = 64  # rows of results, of which each has a multiprocessor to itself
+FEW = 64  # rows of results: each has a multiprocessor to itself, and the warps of a full block
 
 
 def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool, narrow: bool = False) -> dict[str, int]:
@@ -209,16 +209,17 @@ def attention_with_kvcache(
         tiles = triton.cdiv(packed, sizes["BLOCK_M"])
         page = 0 if block_table is None else k_cache.shape[1]
         capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
+        few = False
         if split_size:
             split_size = -(-split_size // sizes["BLOCK_N"]) * sizes["BLOCK_N"]
             num_splits = max(1, triton.cdiv(capacity, split_size))
-        else:
+        elif num_splits == 0:
             programs, slots = batch * kv_heads * tiles, _slots(q.device)
-            if num_splits == 0:
-                keys = triton.cdiv(capacity, sizes["BLOCK_N"])
-                num_splits = split_count(programs, keys, capacity // MIN_SPLIT, slots)
-            if paged and (programs * num_splits > MANY * slots or capacity <= 2 * num_splits * sizes["BLOCK_N"]):
+            keys = max(1, triton.cdiv(capacity, sizes["BLOCK_N"]))
+            num_splits = split_count(programs, keys, capacity // MIN_SPLIT, slots)
+            if paged and (programs * num_splits > MANY * slots or keys <= 2 * num_splits):
                 sizes = block_sizes(packed, head_dim, q.dtype, paged, narrow=True)
+            few = rows <= FEW
         partial, partial_lse = out, lse
         if num_splits > 1:
             partial = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
@@ -236,9 +237,8 @@ def attention_with_kvcache(
             UPCAST=interpreted_bf16, EARLY=early, **sizes,
         )  # fmt: skip
         if num_splits > 1:
-            # With a fixed split size the order of the sum must not depend on how many ranges there could be. Of few
-            # rows each is faster with the warps of a full block.
-            block = COMBINED if split_size or rows <= FEW else min(COMBINED, max(8, next_power_of_2(num_splits)))
+            # With a fixed split size the order of the sum must not depend on how many ranges there could be.
+            block = COMBINED if split_size or few else min(COMBINED, max(8, next_power_of_2(num_splits)))
             _combine_kernel[(rows,)](
                 partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=block,
                 num_warps=max(1, block // 16), launch_pdl=early,

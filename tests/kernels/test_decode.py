@@ -130,10 +130,10 @@ def test_random_shapes(triton, device, nan_filled, check_error, kv_heads, group,
 def test_fixed_splits_do_not_know_the_batch(triton, device, heads, kv_heads):
     """The same bits alone, in a batch, and with another capacity."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    lengths = [70, 3, 49, 120]
+    lengths, head_dim = [70, 3, 49, 120], 128 if device == "cuda" else 16  # of tiles of 64 keys, or 16: several ranges
     for fixed in (16, 32, 1000):
         torch.manual_seed(7)
-        problem = Problem(lengths, 2, heads, kv_heads, 16, dtype, device, 4, capacity=160)
+        problem = Problem(lengths, 2, heads, kv_heads, head_dim, dtype, device, 4, capacity=160)
         together = problem.run(causal=True, fixed_split_size=fixed)[0]
         for i in range(len(lengths)):
             alone = flash_attn_with_kvcache(
@@ -142,6 +142,19 @@ def test_fixed_splits_do_not_know_the_batch(triton, device, heads, kv_heads):
                 fixed_split_size=fixed,
             )  # fmt: skip
             assert torch.equal(alone[0], together[i])
+
+
+def test_cache_without_room(triton, device):
+    q, cache = torch.randn(1, 1, 2, 16, device=device), torch.zeros(1, 0, 2, 16, device=device)
+    pages, table = torch.zeros(3, 4, 2, 16, device=device), torch.zeros(1, 0, device=device, dtype=torch.int32)
+    for k, block_table in ((cache, None), (pages, table)):
+        for splits in (0, 2):
+            seqlens = torch.zeros(1, device=device, dtype=torch.int32)
+            out, lse = flash_attn_with_kvcache(
+                q, k, k, cache_seqlens=seqlens, block_table=block_table, num_splits=splits, return_softmax_lse=True
+            )
+            assert torch.equal(out, torch.zeros_like(q))
+            assert lse.isneginf().all()
 
 
 def test_twenty_runs_give_the_same_bits(triton, device):
