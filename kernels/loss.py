@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 CHUNK = 4096  # tokens, at most
-WIDE = 4096  # hidden sizes
+WIDE = 4096  # the hidden size from which chunks are shorter
 
 
 @Kernel

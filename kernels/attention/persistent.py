@@ -7,6 +7,8 @@ two places in shared memory (`told`).
 The order of items decides what the L2 cache holds. Programs that run at the same time should read the same keys (or
 add to the same dQ), so the heads are taken in blocks whose data fit there together, and within a block the heaviest
 tiles of all its heads come first.
+
+Besides, what both kernels need beneath Gluon: `thread_barrier`, `not_earlier`.
 """
 
 from typing import Any, NamedTuple
