@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each function on the GPU, as `milliseconds`, but in rounds that time each of them once: a clock
-    that changes changes for all.
+    that changes changes for all. Each round takes them in another order: who comes behind one that read the same memory
+    finds some of its addresses already translated.
 
     Before each call 1 GiB is read. That is more than the L2 cache holds, leaves nothing to write back, and takes longer
     than the host needs for a call: nothing waits for the host, whose time `host_microseconds` tells.
@@ -57,11 +59,13 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     events = {
         name: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for name in functions
     }
+    order, draw = list(functions), random.Random(0)
     for i in range(rounds):
-        for name, function in functions.items():
+        draw.shuffle(order)
+        for name in order:
             cold.sum()
             events[name][i][0].record()
-            function()
+            functions[name]()
             events[name][i][1].record()
     torch.cuda.synchronize()
     result = {}
