@@ -45,7 +45,8 @@ def _kernel(
     k_cache, v_cache, slots, k_descale, v_descale, page, k_block, k_slot, k_head, v_block, v_slot, v_head,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CACHE: tl.constexpr, DESCALE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
+    row = row.to(tl.int64)
     if row >= rows:
         return
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]

@@ -30,7 +30,8 @@ def _block(columns: int) -> int:
 
 @Kernel
 def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
+    row = row.to(tl.int64)
     if row >= rows:
         return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +45,8 @@ def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
 
 @Kernel
 def _backward_kernel(dy, gate_up, dgate_up, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
+    row = row.to(tl.int64)
     if row >= rows:
         return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
