@@ -80,6 +80,11 @@ def early_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _warn_once(instead: str, reason: str) -> None:
     with _lock:
         if reason in _warned:

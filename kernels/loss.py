@@ -1,6 +1,6 @@
 """The head's matrix product and the cross-entropy, without ever holding all logits.
 
-    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, of `CHUNK` tokens at most at a time
+    logits = hidden weight^T                    (tokens, vocab), in hidden's dtype, of a chunk of tokens at a time
     loss = sum over valid tokens of  lse - logits[target] + z_loss * lse^2,    lse = log sum exp(logits), fp32
     dlogits = softmax(logits) * (1 + 2 z_loss lse) - onehot(target)            zero for ignored tokens
     dhidden = dlogits weight,    dweight = dlogits^T hidden
@@ -9,24 +9,24 @@ The trick: dlogits depends on the incoming gradient only through one scalar fact
 forward, while a chunk's logits exist, and the backward multiplies by the scalar. A kernel overwrites each chunk's
 logits with dlogits; the products are torch's. Over the chunks the weight's gradient is added up in fp32, inside the
 products: in bf16 the later chunks would vanish in the rounding of the sum. Each chunk reads and writes that sum once,
-so few large chunks are faster and many small ones need less memory.
+so few large chunks are faster and many small ones need less memory. On Hopper a product of our own adds to the sum
+(`weight_gradient.py`), since torch's waits for it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, next_power_of_2, use_hopper, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-CHUNK = 4096  # tokens, at most
-WIDE = 4096  # the hidden size from which chunks are shorter
+CHUNK = 2048, 4096  # tokens, at least and at most
 
 
 @Kernel
@@ -104,47 +104,72 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else reference.wide(dtype)
 
 
-def _chunk(tokens: int, width: int) -> int:
-    """Tokens of a chunk. However wide hidden is, a chunk adds 4 bytes of traffic for each CHUNK floating point
-    operations of the weight's product. Fewer than WIDE tokens' logits take less memory than a weight gradient of that
-    width."""
-    return min(tokens, CHUNK if width < WIDE else CHUNK * 15 // 16)
+class _Sum:
+    """The sum over chunks of d^T x, (rows, columns), by torch's products: what `weight_gradient.Sum` is otherwise."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.empty((rows, columns), dtype=dtype, device=device)
+        self.empty = True
+
+    def add(self, d: Tensor, x: Tensor) -> None:
+        """d (tokens, rows), x (tokens, columns)."""
+        total = self.total
+        if d.dtype == total.dtype or d.device.type != "cuda":
+            torch.addmm(total, d.t().to(total.dtype), x.to(total.dtype), beta=0 if self.empty else 1, out=total)
+        elif self.empty:
+            torch.mm(d.t(), x, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, d.t(), x, out_dtype=total.dtype, out=total)
+        self.empty = False
+
+    def write(self, out: Tensor) -> None:
+        out.copy_(self.total)
 
 
-def _parts(vocab: int, dtype: torch.dtype) -> list[int]:
-    """Rows of the tensors in which dweight is added up: two where `_joined` has something to round."""
-    rows = -(-vocab // (2 * 64)) * 64 if _kept(dtype) != reference.wide(dtype) else vocab
+def _chunk(width: int) -> int:
+    """Tokens of a chunk: as many as the weight is wide, so that its logits take as much memory as dweight will. More
+    than CHUNK[1] are hardly faster, fewer than CHUNK[0] would make products too small for the GPU."""
+    return min(max(width, CHUNK[0]), CHUNK[1])
+
+
+def _parts(vocab: int, width: int, dtype: torch.dtype) -> list[int]:
+    """Rows of the sums in which dweight is added up. Where they are rounded at the end, the results need a place: as
+    much for each part as the logits of a chunk needed before (`_joined`), so that the end takes no more memory."""
+    count = -(-width // _chunk(width)) if _kept(dtype) != reference.wide(dtype) else 1
+    rows = -(-vocab // (count * 128)) * 128
     return [min(rows, vocab - first) for first in range(0, vocab, rows)]
 
 
-def _add_products(sums: list[Tensor], d: Tensor, hidden: Tensor, first: bool) -> None:
-    """sums += d^T hidden, in the sums' dtype, which may be wider; the first time they hold nothing yet."""
-    for total, part in zip(sums, d.split([len(total) for total in sums], dim=1), strict=True):
-        if d.dtype != total.dtype and d.device.type == "cuda":
-            if first:
-                torch.mm(part.t(), hidden, out_dtype=total.dtype, out=total)
-            else:
-                torch.addmm(total, part.t(), hidden, out_dtype=total.dtype, out=total)
-        else:
-            wide = part.t().to(total.dtype), hidden.to(total.dtype)
-            torch.addmm(total, *wide, beta=0 if first else 1, out=total)
+def _make_sums(rows: list[int], logits: Tensor, hidden: Tensor) -> list[Any]:
+    if hidden.dtype == torch.bfloat16 and use_hopper(hidden):
+        from . import weight_gradient
+
+        if weight_gradient.fits(logits, hidden):
+            return [weight_gradient.Sum(count, hidden.shape[1], hidden.device) for count in rows]
+    wide = reference.wide(hidden.dtype)
+    return [_Sum(count, hidden.shape[1], wide, hidden.device) for count in rows]
 
 
-def _joined(sums: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sums, one below the other, in dtype. Each leaves its place to what follows: less memory than twice all."""
-    if len(sums) == 1:
-        return sums.pop().to(dtype)
-    rounded: list[Tensor] = []
-    while len(sums) > 1:
-        rounded.append(sums.pop(0).to(dtype))
-    end = sum(map(len, rounded)) + len(sums[0])
-    out = torch.empty((end, sums[0].shape[1]), dtype=dtype, device=sums[0].device)
-    rounded += sums
-    sums.clear()
+def _add(sums: list[Any], rows: list[int], dlogits: Tensor, hidden: Tensor) -> None:
+    if sums:
+        for total, part in zip(sums, dlogits.split(rows, dim=1), strict=True):
+            total.add(part, hidden)
+
+
+def _joined(sums: list[Any], rows: list[int], like: Tensor) -> Tensor:
+    """The sums, one below the other, as `_kept` says. Each leaves its place to what follows."""
+    dtype, width = _kept(like.dtype), like.shape[1]
+    if dtype == reference.wide(dtype):
+        return sums.pop().total
+    rounded = []
+    for count in rows[:-1]:
+        rounded.append(torch.empty((count, width), dtype=dtype, device=like.device))
+        sums.pop(0).write(rounded[-1])
+    out = torch.empty((sum(rows), width), dtype=dtype, device=like.device)
+    places = out.split(rows)
+    sums.pop().write(places[-1])
     while rounded:
-        part = rounded.pop()
-        out[end - len(part) : end] = part
-        end -= len(part)
+        places[len(rounded) - 1].copy_(rounded.pop())
     return out
 
 
@@ -162,17 +187,15 @@ def _linear_cross_entropy(
     """-> loss sum, count, gradients for an incoming gradient of 1 (dweight as `_kept` says), logits; empty where not
     needed."""
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    wide = reference.wide(hidden.dtype)
-    losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+    losses = torch.empty(tokens, dtype=reference.wide(hidden.dtype), device=hidden.device)
     dhidden = torch.empty(hidden.shape if need_dhidden else (0,), dtype=hidden.dtype, device=hidden.device)
-    sizes = _parts(vocab, hidden.dtype) if need_dweight else [0]
-    make = torch.empty if tokens else torch.zeros
-    sums = [make((size, weight.shape[1]), dtype=wide, device=hidden.device) for size in sizes]
     kept = torch.empty((tokens, vocab) if need_logits else (0,), dtype=hidden.dtype, device=hidden.device)
     targets = targets.contiguous()
-    step = _chunk(tokens, hidden.shape[1])
-    logits = buffer = torch.empty((step, vocab), dtype=hidden.dtype, device=hidden.device)
-    for first in range(0, tokens, max(1, step)):
+    step = _chunk(hidden.shape[1])
+    logits = buffer = torch.empty((min(tokens, step), vocab), dtype=hidden.dtype, device=hidden.device)
+    rows = _parts(vocab, hidden.shape[1], hidden.dtype) if need_dweight and tokens else []
+    sums = _make_sums(rows, buffer, hidden)
+    for first in range(0, tokens, step):
         chunk = slice(first, min(first + step, tokens))
         logits = buffer[: chunk.stop - first]
         torch.mm(hidden[chunk], weight.t(), out=logits)
@@ -181,10 +204,14 @@ def _linear_cross_entropy(
         _cross_entropy_(logits, targets[chunk], losses[chunk], ignore_index, z_loss, need_dhidden or need_dweight)
         if need_dhidden:
             torch.mm(logits, weight, out=dhidden[chunk])
-        if need_dweight:
-            _add_products(sums, logits, hidden[chunk], first == 0)
+        _add(sums, rows, logits, hidden[chunk])
     del buffer, logits
-    return losses.sum(), (targets != ignore_index).sum(), dhidden, _joined(sums, _kept(hidden.dtype)), kept
+    if rows:
+        dweight = _joined(sums, rows, weight)
+    else:
+        shape = weight.shape if need_dweight else (0, weight.shape[1])
+        dweight = torch.zeros(shape, dtype=_kept(hidden.dtype), device=hidden.device)
+    return losses.sum(), (targets != ignore_index).sum(), dhidden, dweight, kept
 
 
 @_linear_cross_entropy.register_fake

@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..dispatch import Launcher
+from ..dispatch import Launcher, multiprocessors
+from ..warpgroup import as_rows
 from .hopper_backward import backward_kernel
 from .hopper_forward import KEYS, forward_kernel
 from .portable import LOG2E, add_parts, find_document, heads_in_cache, make_parts
@@ -63,11 +64,6 @@ def _key(*tensors: Tensor) -> tuple[Any, ...] | None:
     return (x.device, x.dtype) if strides % 16 == 0 else None
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 _launch_forward = Launcher(forward_kernel, num_warps=4, maxnreg=168, launch_pdl=True)
 
 
@@ -84,7 +80,7 @@ def attention(
     group, kv_heads = heads // k.shape[1], k.shape[1]
     block = group * heads_in_cache(kv_heads, k.shape[0], head_dim, k.element_size())
     _launch_forward(
-        (min(_multiprocessors(q.device), tiles * heads), 1, 1), _key(q, k, v),
+        (min(multiprocessors(q.device), tiles * heads), 1, 1), _key(q, k, v),
         _head_descriptor(q, 64), _head_descriptor(k, KEYS), _head_descriptor(v, KEYS), _head_descriptor(out, 64),
         out, lse, items, tiles, total, heads, block, group, scale * LOG2E.value,
         q.stride(1), k.stride(1), v.stride(1), out.stride(1), out.stride(0),
@@ -136,14 +132,12 @@ def _prepare_kernel(
 def _finish_kernel(
     dq_sum, dq, cu_q, documents, padded_total, scale, dq_row, dq_head, D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """dq = scale * dq_sum, out of its padded rows and the order of `hopper_backward._dq_add`."""
+    """dq = scale * dq_sum, out of its padded rows and the order of registers."""
     gdc_wait()
     head = tl.program_id(1).to(tl.int64)
     row, mask, _ = _padded_tile(cu_q, documents, tl.program_id(0), ROWS)
     first = head * padded_total + tl.program_id(0).to(tl.int64) * ROWS
-    x = tl.load(dq_sum + first * D + tl.arange(0, ROWS * D)) * tl.cast(scale, tl.float32)
-    x = tl.reshape(x, (2, D // 16, 4, 8, 4, 2, 2))
-    x = tl.reshape(tl.permute(x, (2, 5, 3, 0, 1, 4, 6)), (ROWS, D))
+    x = as_rows(tl.load(dq_sum + first * D + tl.arange(0, ROWS * D)), D) * tl.cast(scale, tl.float32)
     d = tl.arange(0, D)[None, :]
     at = dq + row[:, None] * dq_row + head * dq_head + d
     tl.store(at, x.to(dq.dtype.element_ty), mask=mask[:, None])
@@ -183,7 +177,7 @@ def attention_backward(
     dk_parts, dv_parts = (dk, dv) if group == 1 else make_parts(k, heads)
     block = heads_in_cache(heads, total, head_dim, q.element_size())
     _launch_backward(
-        (min(_multiprocessors(device), tiles * heads), 1, 1), key and (*key, group == 1),
+        (min(multiprocessors(device), tiles * heads), 1, 1), key and (*key, group == 1),
         _head_descriptor(q, BACKWARD_QUERIES), _head_descriptor(k, 64), _head_descriptor(v, 64),
         _head_descriptor(dout, BACKWARD_QUERIES),
         _descriptor(lse_padded, [heads * padded_total], [1], (BACKWARD_QUERIES,)),

@@ -37,7 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .persistent import Work, locate, make_ring, not_earlier, take, thread_barrier, told
+from ..warpgroup import as_held, held_range, not_earlier, thread_barrier
+from .persistent import Work, locate, make_ring, take, told
 from .schedule import COLUMNS
 
 ROWS = gl.constexpr(64)  # queries of a tile
@@ -159,13 +160,10 @@ def _dq_product(count, bars, bufs, CONSUMER: gl.constexpr, HALF: gl.constexpr, H
 def _dq_add(dq, at, count, bars, CONSUMER: gl.constexpr, HALF: gl.constexpr, DETERMINISTIC: gl.constexpr):
     """Adds this consumer's half of dQ of the count-th tile to the tile in global memory that begins at `at`."""
     mbarrier.arrive(bars.ds_empty.index(count % 2), count=1)
-    # In the order in which registers hold it (hopper.py undoes that): each thread adds 16 contiguous bytes at a time.
-    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    flat = dq.reshape([4, 2, 8, HALF // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS * HALF])
-    at = at + CONSUMER * ROWS * HALF + gl.arange(0, ROWS * HALF, layout=FLAT)
+    at = at + CONSUMER * ROWS * HALF + held_range(ROWS * HALF)
     if DETERMINISTIC:
         mbarrier.wait(bars.granted.index(0), count & 1)
-    gl.atomic_add(at, gl.convert_layout(flat, FLAT), sem="relaxed")
+    gl.atomic_add(at, as_held(dq), sem="relaxed")  # in the order of registers, which hopper.py undoes
     if DETERMINISTIC:
         thread_barrier()
         mbarrier.arrive(bars.added.index(0), count=1)
@@ -323,7 +321,7 @@ def backward_kernel(
     D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """dk_out, dv_out: of every query head; items: `schedule.py`. dq_sum (heads * padded_total / ROWS, ROWS * D) fp32 is
-    added to, the numbers of each tile of queries in `_dq_add`'s order; turns (heads * padded_total / ROWS): zeros."""
+    added to, the numbers of each tile of queries in `as_held`'s order; turns (heads * padded_total / ROWS): zeros."""
     k_s = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, ROWS, D], q_desc.layout)

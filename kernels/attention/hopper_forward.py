@@ -30,7 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .persistent import Work, locate, make_ring, not_earlier, take, thread_barrier, told
+from ..warpgroup import not_earlier, thread_barrier
+from .persistent import Work, locate, make_ring, take, told
 from .schedule import COLUMNS
 
 LN2 = gl.constexpr(0.6931471805599453)

@@ -7,8 +7,6 @@ two places in shared memory (`told`).
 The order of items decides what the L2 cache holds. Programs that run at the same time should read the same keys (or
 add to the same dQ), so the heads are taken in blocks whose data fit there together, and within a block the heaviest
 tiles of all its heads come first.
-
-Besides, what both kernels need beneath Gluon: `thread_barrier`, `not_earlier`.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..warpgroup import thread_barrier
 from .schedule import COLUMNS
-
-thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the older name is triton 3.6's
 
 
 class Work(NamedTuple):
@@ -75,10 +72,3 @@ def locate(work, item):
     within = item % (work.tiles * work.block)
     head = item // (work.tiles * work.block) * work.block + within % work.block
     return work.items + within // work.block * COLUMNS, head
-
-
-@gluon.jit
-def not_earlier(x):
-    """x, which nothing that depends on it can be computed before: 64 comparisons that wait for scores do not fit the
-    predicate registers, and packing them into others takes more instructions than they do."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)

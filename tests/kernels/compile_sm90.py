@@ -134,7 +134,8 @@ def run_ops(dtype, head_dim):
 def run_decode(dtype, head_dim):
     """One query over pages and without, groups of heads, guesses to verify, a chunk of a prompt, an fp8 cache."""
     decode = importlib.import_module("kernels.attention.decode")
-    decode._slots = lambda _: 264
+    plan = decode._plan
+    decode._plan = lambda *shape: plan(*shape[:-1], 132)
     seqlens, table = torch.tensor([40]), torch.zeros(1, 1024, dtype=torch.int32)
     for heads, kv_heads, queries, page in ((4, 4, 1, 16), (4, 4, 1, 0), (14, 2, 1, 16), (32, 1, 1, 16), (14, 2, 16, 16),
                                            (4, 4, 300, 16)):  # fmt: skip
@@ -165,6 +166,9 @@ def run_attention(dtype, head_dim):
                 qkv, cu, num_heads=heads, num_kv_heads=kv_heads, causal=causal, deterministic=deterministic
             )
             out.sum().backward()
+    if dtype == torch.bfloat16:
+        hidden, weight = (torch.zeros(n, 512, dtype=dtype, requires_grad=True) for n in (3000, 1000))
+        kernels.linear_cross_entropy(hidden, weight, torch.zeros(3000, dtype=torch.int64))
 
 
 def innermost_loops(sass):
@@ -194,10 +198,11 @@ def main(dtype, head_dim, what):
     for module in ("attention.decode", "norm"):
         importlib.import_module(f"kernels.{module}").early_launch = lambda _: True
     assert not dispatch.interpreting()
-    attention = importlib.import_module("kernels.attention")
-    attention.use_hopper = lambda *_: what == "hopper"
+    for module in ("attention", "loss"):
+        importlib.import_module(f"kernels.{module}").use_hopper = lambda *_: what == "hopper"
     if what == "hopper":
-        importlib.import_module("kernels.attention.hopper")._multiprocessors = lambda _: 132
+        for module in ("attention.hopper", "weight_gradient"):
+            importlib.import_module(f"kernels.{module}").multiprocessors = lambda _: 132
         run_attention(getattr(torch, dtype), int(head_dim))
     else:
         {"ops": run_ops, "decode": run_decode}[what](getattr(torch, dtype), int(head_dim))

@@ -24,6 +24,14 @@ def triton(device):
 
 
 @pytest.fixture
+def fastest(device):
+    """What `auto` chooses on a GPU, by name: nothing falls back unseen."""
+    assert backend() != "reference"
+    with backend(backend()):
+        yield
+
+
+@pytest.fixture
 def nan_filled(monkeypatch):
     """Whatever the ops allocate without filling holds NaN: an element that is not written shows."""
     empty = torch.empty

@@ -125,6 +125,7 @@ def test_decode_kernels(dtype, head_dim, older):
 
 HOPPER = "kernels.attention.hopper"
 FORWARD, BACKWARD = f"{HOPPER}_forward.forward_kernel", f"{HOPPER}_backward.backward_kernel"
+ADD_PRODUCT = "kernels.weight_gradient.add_product_kernel"
 
 
 @pytest.mark.network
@@ -133,20 +134,28 @@ FORWARD, BACKWARD = f"{HOPPER}_forward.forward_kernel", f"{HOPPER}_backward.back
 def test_hopper_kernels(dtype, head_dim, older):
     reports = compiled(dtype, head_dim, "hopper", older)
     assert {report["version"] == OLDER for report in reports} == {older}
-    names = {report["kernel"] for report in reports}
-    assert names == {FORWARD, BACKWARD, f"{HOPPER}._prepare_kernel", f"{HOPPER}._finish_kernel",
-                     ATTENTION + "_add_parts_kernel", "kernels.attention.schedule._schedule_kernel"}  # fmt: skip
+    names = {FORWARD, BACKWARD, f"{HOPPER}._prepare_kernel", f"{HOPPER}._finish_kernel",
+             ATTENTION + "_add_parts_kernel", "kernels.attention.schedule._schedule_kernel"}  # fmt: skip
+    if dtype == "bfloat16":
+        names |= {ADD_PRODUCT, "kernels.weight_gradient._round_kernel", "kernels.loss._cross_entropy_kernel"}
+    assert {report["kernel"] for report in reports} == names
     for report in reports:
         assert report["target"] == "sm_90a"
         assert report["shared"] <= 227 * 1024
-        if report["kernel"] not in (FORWARD, BACKWARD):
+        if report["kernel"] not in (FORWARD, BACKWARD, ADD_PRODUCT):
             continue
         # Matrix products that wait for each other, or registers that stay where they are, cost a third of the speed.
         assert report["warnings"] == []
         operations = report["operations"]
         assert operations["UTMALDG"] > 0
         assert operations["USETMAXREG"] > 0
-        assert ("REDG" in operations) == (report["kernel"] == BACKWARD)
+        assert ("REDG" in operations) == (report["kernel"] != FORWARD)
+        if report["kernel"] == ADD_PRODUCT:
+            # Each consumer adds its 64 x 256 numbers 16 bytes a thread at a time, in one place; four products a step.
+            assert operations["REDG"] == 2 * 64 * 256 // (128 * 4)
+            assert report["stack"] == 0
+            assert report["loops"] == [{"HGMMA": 4, "LDL": 0, "STL": 0}] * 2
+            continue
         # The innermost loops: masked and unmasked tiles, of both consumers; without causality only a forward item's
         # first tile has a mask. The backward is short of registers, and keeps a few numbers of a tile (never a part of
         # a matrix) in local memory, above all if deterministic.

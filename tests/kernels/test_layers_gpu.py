@@ -1,5 +1,6 @@
 """What the small layers and the loss promise on a GPU: graphs, the same bits each time, and many random shapes."""
 
+import importlib
 import random
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from kernels import apply_rope, linear_cross_entropy, reference, rms_norm, swiglu
 
 pytestmark = pytest.mark.gpu
+
+loss_module = importlib.import_module("kernels.loss")
 
 
 def norm_problem(draw, dtype, device):
@@ -71,7 +74,8 @@ PROBLEMS = {"norm": norm_problem, "swiglu": swiglu_problem, "loss": loss_problem
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_random_shapes(triton, device, nan_filled, check_error, gradients, name):
+def test_random_shapes(fastest, device, nan_filled, monkeypatch, check_error, gradients, name):
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)  # several chunks, and parts of the sum
     draw = random.Random(1)
     for i in range(500):
         dtype = (torch.bfloat16, torch.float16)[i % 2]
@@ -83,7 +87,8 @@ def test_random_shapes(triton, device, nan_filled, check_error, gradients, name)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_twenty_runs_give_the_same_bits(triton, device, gradients, name):
+def test_twenty_runs_give_the_same_bits(fastest, device, monkeypatch, gradients, name):
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)
     ours, _, inputs = PROBLEMS[name](random.Random(3), torch.bfloat16, device)
     expected = gradients(ours, inputs)
     for _ in range(20):
@@ -91,8 +96,9 @@ def test_twenty_runs_give_the_same_bits(triton, device, gradients, name):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_captured_forward_and_backward(triton, device, name):
+def test_captured_forward_and_backward(fastest, device, monkeypatch, name):
     """A graph replayed for other values gives what eager calls give."""
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)
     ours, _, inputs = PROBLEMS[name](random.Random(5), torch.bfloat16, device)
     leaves = [x.requires_grad_() for x in inputs]
     weights = []

@@ -36,7 +36,7 @@ def inputs(dtype, tokens, width, vocab, device):
 
 @pytest.mark.parametrize("dtype,tokens,width,vocab,z_loss", CASES)
 def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, tokens, width, vocab, z_loss):
-    monkeypatch.setattr(loss_module, "CHUNK", max(2, tokens // 3))  # several chunks, the last ragged
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: max(2, tokens // 3))  # several chunks, the last ragged
     hidden, weight, targets = inputs(dtype, tokens, width, vocab, device)
 
     def run(function, hidden, weight):
@@ -58,7 +58,7 @@ def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, to
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
     torch.manual_seed(0)
-    monkeypatch.setattr(loss_module, "CHUNK", 3)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 3)
     hidden, weight, targets = inputs(torch.float64, 8, 5, 11, "cpu")
     with backend("reference"):
         loss, count, *got = gradients(
@@ -74,7 +74,7 @@ def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_nothing_to_learn(triton, device, monkeypatch, name):
-    monkeypatch.setattr(loss_module, "CHUNK", 2)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 2)
     for tokens in (0, 5):
         hidden = torch.randn(tokens, 4, device=device, requires_grad=True)
         weight = torch.randn(9, 4, device=device, requires_grad=True)
@@ -90,7 +90,7 @@ def test_nothing_to_learn(triton, device, monkeypatch, name):
 
 
 def test_one_chunk_of_ignored_tokens(triton, device, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 2)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 2)
     hidden, weight = torch.randn(6, 4, device=device, requires_grad=True), torch.randn(9, 4, device=device)
     targets = torch.tensor([1, 2, -100, -100, 3, -100], device=device)
     loss, count = linear_cross_entropy(hidden, weight, targets)
@@ -118,7 +118,7 @@ def test_target_outside_the_vocabulary_shows(triton, device):
 
 
 def test_logits_on_request(triton, device, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 2)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 2)
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, device)
     hidden.requires_grad_()
     loss, count, logits = linear_cross_entropy(hidden, weight, targets, return_logits=True)
@@ -143,23 +143,24 @@ def test_the_factor_is_not_rounded(triton, device, dtype):
     assert torch.equal(third, expected.to(dtype))
 
 
-@pytest.mark.parametrize("vocab,parts", [(256, [128, 128]), (300, [192, 108]), (1001, [512, 489])])
+@pytest.mark.parametrize("vocab,parts", [(256, [128, 128]), (300, [256, 44]), (1001, [512, 489])])
 def test_the_sum_in_parts_is_the_sum(device, monkeypatch, vocab, parts):
     """bf16: rows of the weight's gradient that lie in several tensors until they are rounded."""
-    monkeypatch.setattr(loss_module, "CHUNK", 5)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 5)
     hidden, weight, targets = inputs(torch.bfloat16, 13, 8, vocab, device)
     weight.requires_grad_()
-    assert loss_module._parts(vocab, torch.bfloat16) == parts
+    assert loss_module._parts(vocab, 8, torch.bfloat16) == parts
     found = []
     with backend("reference"):
-        for make_parts in (loss_module._parts, lambda vocab, dtype: [vocab]):
+        for make_parts in (loss_module._parts, lambda vocab, width, dtype: [vocab]):
             monkeypatch.setattr(loss_module, "_parts", make_parts)
             found += torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0] / 3, weight)
     torch.testing.assert_close(*found, rtol=2**-7, atol=1e-6)  # products of other shapes round elsewhere
     assert found[0].any(1).all()  # every row was written
 
 
-def test_no_chunk_is_larger(device, monkeypatch):
+@pytest.mark.parametrize("width,tokens", [(8, 2048), (3072, 3072), (7168, 4096)])
+def test_no_chunk_is_larger(device, monkeypatch, width, tokens):
     """Logits exist for a chunk at a time, in one place."""
     chunks, made = [], loss_module._cross_entropy_
 
@@ -168,13 +169,11 @@ def test_no_chunk_is_larger(device, monkeypatch):
         made(logits, *args)
 
     monkeypatch.setattr(loss_module, "_cross_entropy_", spy)
-    hidden, weight, targets = inputs(torch.float32, 2 * loss_module.CHUNK + 5, 8, 16, device)
+    hidden, weight, targets = inputs(torch.float32, 2 * tokens + 5, width, 16, device)
     with backend("reference"):
         linear_cross_entropy(hidden, weight, targets)
-    assert [tokens for tokens, _ in chunks] == [loss_module.CHUNK, loss_module.CHUNK, 5]
+    assert [tokens for tokens, _ in chunks] == [tokens, tokens, 5]
     assert len({place for _, place in chunks}) == 1
-    monkeypatch.undo()
-    assert [loss_module._chunk(16384, width) for width in (2048, 4096, 7168)] == [4096, 3840, 3840]
 
 
 def test_opcheck(opcheck, device):

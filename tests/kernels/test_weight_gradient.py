@@ -1,0 +1,93 @@
+"""The Hopper product that adds to a sum, by itself: on a Hopper GPU only."""
+
+import random
+
+import pytest
+import torch
+
+from kernels.dispatch import hopper_missing
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def module(device):
+    if reason := hopper_missing(torch.device(device)):
+        pytest.skip(reason)
+    from kernels import weight_gradient
+
+    return weight_gradient
+
+
+def chunks(tokens, rows, columns, device):
+    return [tuple(torch.randn(n, m, device=device).bfloat16() for m in (rows, columns)) for n in tokens]
+
+
+def added(module, pairs):
+    total = module.Sum(pairs[0][0].shape[1], pairs[0][1].shape[1], pairs[0][0].device)
+    for d, x in pairs:
+        assert module.fits(d, x)
+        total.add(d, x)
+    out = torch.full(total.shape, float("nan"), device=pairs[0][0].device)
+    total.write(out)
+    return out
+
+
+def compare(module, tokens, rows, columns, device):
+    """fp32 products of bf16 numbers are exact: what is left is the rounding of the additions."""
+    pairs = chunks(tokens, rows, columns, device)
+    got = added(module, pairs)
+    exact = sum(d.double().t() @ x.double() for d, x in pairs)
+    bound = sum(d.double().abs().t() @ x.double().abs() for d, x in pairs)
+    assert ((got - exact).abs() <= 2e-6 * bound + 1e-30).all(), (tokens, rows, columns)
+    return pairs, got
+
+
+# Tiles are 128 x 256, and as many programs as multiprocessors (132) share what whole rounds of them leave over.
+@pytest.mark.parametrize(
+    "tokens,rows,columns",
+    [
+        ((1,), 8, 8),  # one tile, one step
+        ((64, 1, 200), 128, 256),  # one tile: a program each four steps, one after the other
+        ((2048, 2048, 1000), 32256, 2048),  # the 1.3B model's head: 36 tiles are left over
+        ((300, 70), 132 * 128, 256),  # none is left over
+        ((40, 40), 133 * 128, 256),  # one is, of one step
+        ((4096, 64), 133 * 128, 256),  # one is, shared by sixteen
+        ((512,) * 3, 5128, 1032),  # ragged in rows, columns
+    ],
+)
+def test_sum(module, device, tokens, rows, columns):
+    pairs, expected = compare(module, tokens, rows, columns, device)
+    for _ in range(20):
+        assert torch.equal(added(module, pairs), expected)
+
+
+def test_random_shapes(module, device):
+    draw = random.Random(7)
+    for _ in range(500):
+        rows, columns = 8 * draw.randrange(1, 400), 8 * draw.randrange(1, 200)
+        compare(module, [draw.randrange(1, 700) for _ in range(draw.randrange(1, 4))], rows, columns, device)
+
+
+def test_fewer_programs_than_multiprocessors_at_a_time(module, device):
+    """A program waits only for one that was launched before it: it ends even where the GPU is shared."""
+    pairs = chunks((2048, 2048), 4096, 256, device)  # 32 tiles, all of them shared
+    expected = added(module, pairs)
+    hold = torch.randn(8192, 8192, device=device)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for _ in range(4):
+            hold @ hold
+    assert torch.equal(added(module, pairs), expected)
+    other.synchronize()
+
+
+def test_what_does_not_fit(module, device):
+    x = torch.zeros(16, 264, device=device, dtype=torch.bfloat16)
+    assert module.fits(x, x)
+    assert module.fits(x[:, :8], x)
+    assert not module.fits(x[:, 1:9], x)
+    assert not module.fits(x[:, :9].contiguous(), x)
+    assert not module.fits(x, x.t())
+    assert not module.fits(x, x.half())
