@@ -23,20 +23,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..dispatch import early_launch, interpreting, next_power_of_2
+from ..dispatch import early_launch, interpreting, multiprocessors, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_SPLIT = 128  # keys: a shorter range is over before it is worth its partial result
 COMBINED = 64  # ranges that are added up at a time: part of the order of the sum
-MANY = 3  # programs one after the other: beyond, what each waits for when it begins counts more than wide tiles
-FEW = 64  # rows of results: each has a multiprocessor to itself, and the warps of a full block
+WIDE, NARROW = 2, 3  # programs at a time on a multiprocessor with wide and with narrow tiles
+MANY = 1.5  # rounds of programs: beyond, what each waits for when it begins counts more than wide tiles
+SHORT = 1024  # keys of a range: in shorter ones too
 
 
 def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool, narrow: bool = False) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps, num_stages for that many packed rows: two programs fit a multiprocessor of Hopper,
     each with two or three tiles on their way. Where an address is loaded before what it points to, two stages make one
-    tile. narrow: of half as many keys, which are there sooner when a program begins; also for ranges of two tiles."""
+    tile. narrow: of half as many keys, which are there sooner when a program begins."""
     if interpreting():
         m, n, warps, stages = 16, 16, 1, 1  # small, so that short sequences cross tiles
     elif dtype == torch.float32:  # no tensor cores: operands in registers
@@ -45,12 +46,6 @@ def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool, narro
         m, n = min(128, max(16, next_power_of_2(rows))), (32 if narrow else 64) * (1 if head_dim > 64 else 2)
         warps, stages = 4 if m <= 64 else 8, 6 if paged else 4
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-
-
-@functools.cache
-def _slots(device: torch.device) -> int:
-    """Programs that run at a time."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.lru_cache(maxsize=1024)
@@ -64,6 +59,23 @@ def split_count(programs: int, tiles: int, most: int, slots: int) -> int:
     counts = range(1, max(1, min(4 * slots // max(1, programs), most)) + 1)
     best = max(map(busy, counts))
     return next(count for count in counts if busy(count) >= 0.95 * best)
+
+
+def _plan(
+    programs: int, capacity: int, rows: int, head_dim: int, dtype: torch.dtype, paged: bool, multiprocessors: int
+) -> tuple[dict[str, int], int]:
+    """Block sizes and the number of ranges, for that many programs a range and packed rows a program."""
+    wide, narrow = (block_sizes(rows, head_dim, dtype, paged, narrow=n) for n in (False, True))
+    tiles, shorter = (max(1, triton.cdiv(capacity, sizes["BLOCK_N"])) for sizes in (wide, narrow))
+    most, slots = capacity // MIN_SPLIT, WIDE * multiprocessors
+    splits = split_count(programs, tiles, most, slots)
+    if not paged:
+        return wide, splits
+    if rows <= 16:  # more rows would be computing, not waiting
+        more = split_count(programs, shorter, most, NARROW * multiprocessors)
+        if programs * more <= NARROW * multiprocessors and capacity <= SHORT * more:
+            return narrow, more
+    return (narrow if programs * splits > MANY * slots or tiles <= 2 * splits else wide), splits
 
 
 @triton.jit(do_not_specialize=["queries", "new", "capacity", "splits", "split_size", "table_row", "rows"])
@@ -209,17 +221,14 @@ def attention_with_kvcache(
         tiles = triton.cdiv(packed, sizes["BLOCK_M"])
         page = 0 if block_table is None else k_cache.shape[1]
         capacity = k_cache.shape[1] if block_table is None else block_table.shape[1] * page
-        few = False
         if split_size:
             split_size = -(-split_size // sizes["BLOCK_N"]) * sizes["BLOCK_N"]
             num_splits = max(1, triton.cdiv(capacity, split_size))
         elif num_splits == 0:
-            programs, slots = batch * kv_heads * tiles, _slots(q.device)
-            keys = max(1, triton.cdiv(capacity, sizes["BLOCK_N"]))
-            num_splits = split_count(programs, keys, capacity // MIN_SPLIT, slots)
-            if paged and (programs * num_splits > MANY * slots or keys <= 2 * num_splits):
-                sizes = block_sizes(packed, head_dim, q.dtype, paged, narrow=True)
-            few = rows <= FEW
+            programs = batch * kv_heads * tiles
+            sizes, num_splits = _plan(
+                programs, capacity, packed, head_dim, q.dtype, paged, multiprocessors(q.device) if q.is_cuda else 2
+            )
         partial, partial_lse = out, lse
         if num_splits > 1:
             partial = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
@@ -238,7 +247,7 @@ def attention_with_kvcache(
         )  # fmt: skip
         if num_splits > 1:
             # With a fixed split size the order of the sum must not depend on how many ranges there could be.
-            block = COMBINED if split_size or few else min(COMBINED, max(8, next_power_of_2(num_splits)))
+            block = COMBINED if split_size else min(COMBINED, max(8, next_power_of_2(num_splits)))
             _combine_kernel[(rows,)](
                 partial, partial_lse, out, lse, num_splits, rows, D=head_dim, EARLY=early, BLOCK=block,
                 num_warps=max(1, block // 16), launch_pdl=early,
