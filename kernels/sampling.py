@@ -11,8 +11,10 @@ is a draw from the softmax: sampling becomes an argmax, and needs no sum over th
 
 The filters keep a prefix of the logits in descending order, lower ids first among equals, and min_p cuts by value. A
 prefix is its last value and, among the entries equal to it, its last id, so the kernel does not sort. It searches the
-value by bisection, over the ordered bit patterns of the logits' dtype: 16 steps for bf16, each a walk over a row that
-lies in the cache by then, and, only where equals must be divided, the id in the same way.
+value over the ordered bit patterns of the logits' dtype, and, only where equals must be divided, counts to the id. Each
+step of the search would be a walk over the row. So it begins in registers: the first walk leaves each lane with the
+largest of its entries, and a bisection among these, which are fewer than all, finds a value that is not too high. Where
+no two of the likeliest entries share a lane that is the value sought, and the next one tried is too high.
 """
 
 from __future__ import annotations
@@ -75,8 +77,23 @@ def _sample_kernel(
             low = (low ^ ((low >> 31) & 0x7FFFFFFF)) >> SHIFT
             high = top.to(tl.int32, bitcast=True)
             high = (high ^ ((high >> 31) & 0x7FFFFFFF)) >> SHIFT
+            if phase == 0:
+                weight = tl.full((BLOCK,), 1.0, tl.float32)
+                reach = goal
+            else:
+                weight = tl.exp((largest - top) * rate)
+                reach = goal * 1.00001  # their sum is rounded otherwise than that of all
+            too_high = high + 1
+            while low + 1 < too_high:
+                middle = low + ((too_high.to(tl.int64) - low) >> 1).to(tl.int32)
+                pattern = middle << SHIFT
+                value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+                enough = tl.sum(tl.where(largest >= value, weight, 0.0), axis=0) >= reach
+                low = tl.where(enough, middle, low)
+                too_high = tl.where(enough, too_high, middle)
+            step = tl.full((), 1, tl.int64)
             while low < high:
-                middle = high - ((high.to(tl.int64) - low) >> 1).to(tl.int32)
+                middle = low + tl.minimum(step, (high.to(tl.int64) - low + 1) >> 1).to(tl.int32)
                 pattern = middle << SHIFT
                 value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
                 mass = tl.zeros((BLOCK,), tl.float32)
@@ -84,13 +101,14 @@ def _sample_kernel(
                     at = start + offset
                     x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
                     if phase == 0:
-                        weight = 1.0
+                        each = 1.0
                     else:
-                        weight = tl.exp((x - top) * rate)
-                    mass += tl.where(x >= value, weight, 0.0)
+                        each = tl.exp((x - top) * rate)
+                    mass += tl.where(x >= value, each, 0.0)
                 enough = tl.sum(mass, axis=0) >= goal
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)
+                step *= 2
             pattern = low << SHIFT
             value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
             above = tl.zeros((BLOCK,), tl.float32)
@@ -99,31 +117,31 @@ def _sample_kernel(
                 at = start + offset
                 x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
                 if phase == 0:
-                    weight = 1.0
+                    each = 1.0
                 else:
-                    weight = tl.exp((x - top) * rate)
-                above += tl.where(x > value, weight, 0.0)
+                    each = tl.exp((x - top) * rate)
+                above += tl.where(x > value, each, 0.0)
                 ties += ((x == value) & (at < vocab) & ((x > cut) | (at <= last_id))).to(tl.int32)
-            weight = 1.0
+            each = 1.0
             if phase == 1:
-                weight = tl.exp((value - top) * rate)
+                each = tl.exp((value - top) * rate)
             count = tl.sum(ties, axis=0)
-            need = tl.ceil((goal - tl.sum(above, axis=0)) / tl.maximum(weight, 1e-30))
+            need = tl.ceil((goal - tl.sum(above, axis=0)) / tl.maximum(each, 1e-30))
             need = tl.maximum(tl.minimum(need, count.to(tl.float32)), 1.0).to(tl.int32)
-            if need < count:  # the id of the last of these equals
-                low = tl.cast(0, tl.int32)
-                high = tl.cast(vocab - 1, tl.int32)
-                while low < high:
-                    middle = (low + high) >> 1
-                    equals = tl.zeros((BLOCK,), tl.int32)
-                    for start in range(0, vocab, BLOCK):
-                        at = start + offset
-                        x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
-                        equals += ((x == value) & (at <= middle)).to(tl.int32)
-                    enough = tl.sum(equals, axis=0) >= need
-                    low = tl.where(enough, low, middle + 1)
-                    high = tl.where(enough, middle, high)
-                last_id = low
+            if need < count:  # the id of the last of these equals: its block, and its place there
+                start = tl.cast(-BLOCK, tl.int32)
+                found = tl.cast(0, tl.int32)
+                while need > found:
+                    need -= found
+                    start += BLOCK
+                    at = start + offset
+                    x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                    found = tl.sum(((x == value) & (at < vocab)).to(tl.int32), axis=0)
+                at = start + offset
+                x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+                equal = (x == value) & (at < vocab)
+                place = tl.cumsum(equal.to(tl.int32), axis=0)
+                last_id = tl.min(tl.where(equal & (place == need), at, vocab), axis=0)
             elif value > cut:
                 last_id = vocab
             cut = value
@@ -175,7 +193,7 @@ def _sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
     if rows:
         _sample_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, ids, logits.stride(0), vocab,
-            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(4096, next_power_of_2(vocab)), num_warps=16,
+            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(8192, next_power_of_2(vocab)), num_warps=32,
         )  # fmt: skip
     return ids
 
