@@ -91,8 +91,9 @@ def case(width: int) -> Case:
     providers = {name: provider(make) for name, make in PROVIDERS.items()}
     work = 3 * 2 * TOKENS * VOCAB * width
     return Case(
-        f"{width}", providers, products, work, lambda: exact(hidden, weight, targets), "TFLOP/s", rounds=8, graph=False
-    )
+        f"{width}", providers, products, work, lambda: exact(hidden, weight, targets), "TFLOP/s",
+        rounds=12, graph=False, hot=True,
+    )  # fmt: skip
 
 
 def run(out: Path) -> None:

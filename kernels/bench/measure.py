@@ -47,15 +47,19 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, hot: bool = False) -> dict[str, dict[str, float]]:
     """Milliseconds of each function on the GPU, as `milliseconds`, but in rounds that time each of them once: a clock
     that changes changes for all. Each round takes them in another order: who comes behind one that read the same memory
     finds some of its addresses already translated.
 
     Before each call 1 GiB is read. That is more than the L2 cache holds, leaves nothing to write back, and takes longer
     than the host needs for a call: nothing waits for the host, whose time `host_microseconds` tells.
+
+    hot: before, matrix products run for some 60 ms, so that everyone begins at the power limit, as in training. Else
+    who comes behind a slow one finds a cool GPU, and is faster by up to a tenth.
     """
     cold = torch.zeros(2**28, device="cuda")
+    load = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) if hot else cold
     events = {
         name: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for name in functions
     }
@@ -63,6 +67,8 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     for i in range(rounds):
         draw.shuffle(order)
         for name in order:
+            for _ in range(40 if hot else 0):
+                load @ load
             cold.sum()
             events[name][i][0].record()
             functions[name]()

@@ -45,7 +45,7 @@ def one_millisecond_each(monkeypatch):
     monkeypatch.setattr(measure, "peak_bytes", lambda function: 7)
     monkeypatch.setattr(
         measure, "interleaved",
-        lambda functions, rounds: {n: dict.fromkeys(("ms", "low", "high"), 2.0 if n else 1.0) for n in functions},
+        lambda functions, *_: {n: dict.fromkeys(("ms", "low", "high"), 2.0 if n else 1.0) for n in functions},
     )  # fmt: skip
 
 
