@@ -152,7 +152,7 @@ def backend(name: str) -> AbstractContextManager[None]: ...
 def backend(name: str | None = None) -> str | AbstractContextManager[None]:
     """The kernel backend in use, or a context manager that chooses one.
 
-    `backend()` returns "hopper" (Triton kernels, and for attention those of the Hopper generation), "triton" or
+    `backend()` returns "hopper" (Triton kernels, and where there are such those of the Hopper generation), "triton" or
     "reference": what was asked for, or what `auto` takes on this machine.
     `with backend("reference"): ...` chooses for the whole process (not for one thread) until the block ends.
     Without it DEEPSEEK_CODER_KERNELS decides; values: auto, hopper, triton, reference. ValueError for any other name.

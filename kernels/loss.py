@@ -141,7 +141,7 @@ def _parts(vocab: int, width: int, dtype: torch.dtype) -> list[int]:
 
 
 def _make_sums(rows: list[int], logits: Tensor, hidden: Tensor) -> list[Any]:
-    if hidden.dtype == torch.bfloat16 and use_hopper(hidden):
+    if hidden.dtype == torch.bfloat16 and use_triton(hidden) and use_hopper(hidden):
         from . import weight_gradient
 
         if weight_gradient.fits(logits, hidden):

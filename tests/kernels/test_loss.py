@@ -55,6 +55,16 @@ def test_kernels(triton, device, nan_filled, monkeypatch, check_error, dtype, to
         check_error(a, c, d, name)
 
 
+def test_bf16_without_a_gpu():
+    hidden, weight, targets = inputs(torch.bfloat16, 9, 8, 130, "cpu")
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    got = torch.autograd.grad(linear_cross_entropy(*leaves, targets)[0], leaves)
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    for one, other in zip(got, torch.autograd.grad(plain(*wide, targets), wide), strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.float(), other, rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_reference_is_torch_cross_entropy(monkeypatch, gradients, z_loss):
     torch.manual_seed(0)
