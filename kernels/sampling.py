@@ -153,13 +153,35 @@ def _sample_kernel(
     state = state ^ ((state >> 33) & 0x7FFFFFFF)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     best_id = offset
-    for start in range(0, vocab, BLOCK):
-        at = start + offset
-        x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+    # Noise is dear, and few entries are kept as a rule: each lane makes it for the next of its entries that is kept, as
+    # long as one has any. Where nothing is left out, for all entries in turn.
+    filtered = (greedy == 0) & ((cut > -float("inf")) | (threshold > 0.0))
+    done = tl.full((BLOCK,), -1, tl.int32)  # the last entry of each lane
+    start = tl.cast(0, tl.int32)
+    more = start < vocab
+    while more:
+        if filtered:
+            at = tl.full((BLOCK,), 0, tl.int32) + vocab
+            x = tl.full((BLOCK,), -float("inf"), tl.float32)
+            left = tl.zeros((BLOCK,), tl.int32)
+            for first in range(0, vocab, BLOCK):
+                each_at = first + offset
+                each = tl.load(x_at + each_at, mask=each_at < vocab, other=-float("inf")).to(tl.float32)
+                kept = (each > cut) | ((each == cut) & (each_at <= last_id))
+                kept = kept & ((tl.exp((each - top) * rate) >= threshold) | (each == top))
+                kept = kept & (each_at > done) & (each_at < vocab)
+                x = tl.where(kept & (left == 0), each, x)
+                at = tl.where(kept & (left == 0), each_at, at)
+                left += kept.to(tl.int32)
+            done = at
+            more = tl.max(left, axis=0) > 1
+        else:
+            at = start + offset
+            x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+            start += BLOCK
+            more = start < vocab
         score = x
         if greedy == 0:
-            kept = (x > cut) | ((x == cut) & (at <= last_id))
-            kept = kept & ((tl.exp((x - top) * rate) >= threshold) | (x == top))
             bits = state + (at + 1).to(tl.int64) * -7046029254386353131
             bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * -49064778989728563
             bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * -4265267296055464877
@@ -172,7 +194,7 @@ def _sample_kernel(
             exponential = -tl.log(u)
             corrected = tl.where(u == 1.0, v, exponential * (v / tl.where(u == 1.0, 1.0, 1.0 - u)))
             exponential = tl.where(near_one, corrected, exponential)
-            score = tl.where(kept, x * rate - tl.log(exponential), -float("inf"))
+            score = x * rate - tl.log(exponential)
         better = score > best
         best = tl.where(better, score, best)
         best_id = tl.where(better, at, best_id)
@@ -193,7 +215,7 @@ def _sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
     if rows:
         _sample_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, ids, logits.stride(0), vocab,
-            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(8192, next_power_of_2(vocab)), num_warps=32,
+            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(4096, next_power_of_2(vocab)), num_warps=16,
         )  # fmt: skip
     return ids
 
