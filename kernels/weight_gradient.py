@@ -61,8 +61,10 @@ def _work(tiles, across, steps):
     begin = shared + index * steps
     end = begin
     if index < sharers:
-        begin = (shared.to(gl.int64) * index // sharers).to(gl.int32)
-        end = (shared.to(gl.int64) * (index + 1) // sharers).to(gl.int32)
+        begin = index * (shared // sharers) + gl.minimum(index, shared % sharers)
+        end = begin + shared // sharers
+        if index < shared % sharers:
+            end += 1
     return Work(index, begin, end, shared, tiles * steps, steps, across)
 
 

@@ -1,13 +1,12 @@
-"""The Hopper product that adds to a sum, by itself: on a Hopper GPU only."""
+"""The Hopper product that adds to a sum, by itself. Who does what is plain arithmetic, and runs without a GPU."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels.dispatch import hopper_missing
-
-pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -17,6 +16,47 @@ def module(device):
     from kernels import weight_gradient
 
     return weight_gradient
+
+
+def pieces(module, monkeypatch, program, programs, tiles, steps):
+    """(index, [(tile, first step, steps)]) of one program, as the kernel's own functions say, called from Python."""
+    language = {"program_id": lambda _: program, "num_programs": lambda _: programs, "minimum": min}
+    monkeypatch.setattr(module, "gl", SimpleNamespace(**language))
+    monkeypatch.setattr(module, "LEAST", 4)
+    work, found = module._work.fn(tiles, 1, steps), []
+    at = work.begin
+    while at < work.total:
+        found.append(module._piece.fn(work, at))
+        at = module._after.fn(work, at, found[-1][2])
+    return work.index, found
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 132])
+def test_every_step_once_and_nobody_waits_for_ever(monkeypatch, programs):
+    module = pytest.importorskip("kernels.weight_gradient")
+    draw = random.Random(programs)
+    for _ in range(60):
+        tiles, steps = draw.choice([draw.randrange(1, 5), draw.randrange(1, 4 * programs + 3)]), draw.randrange(1, 70)
+        launched = min(programs, tiles * steps)
+        work = {}
+        for program in range(launched):
+            index, found = pieces(module, monkeypatch, program, launched, tiles, steps)
+            assert index == launched - 1 - program
+            work[index] = found
+        done = [
+            (tile, i) for found in work.values() for tile, first, count in found for i in range(first, first + count)
+        ]
+        assert sorted(done) == [(tile, i) for tile in range(tiles) for i in range(steps)]
+        for index, found in work.items():
+            # A piece that begins within a tile is the program's first: it is what the program before waits for.
+            assert all(first == 0 for _, first, _ in found[1:])
+            for tile, first, count in found:
+                assert count > 0
+                if first + count < steps:  # waits for the program that has what follows, which was launched before
+                    other, begins, _ = work[index + 1][0]
+                    assert (other, begins) == (tile, first + count)
+        counts = [sum(count for _, _, count in found) for found in work.values()]
+        assert max(counts) - min(counts) <= 4
 
 
 def chunks(tokens, rows, columns, device):
@@ -44,6 +84,7 @@ def compare(module, tokens, rows, columns, device):
 
 
 # Tiles are 128 x 256, and as many programs as multiprocessors (132) share what whole rounds of them leave over.
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "tokens,rows,columns",
     [
@@ -62,6 +103,7 @@ def test_sum(module, device, tokens, rows, columns):
         assert torch.equal(added(module, pairs), expected)
 
 
+@pytest.mark.gpu
 def test_random_shapes(module, device):
     draw = random.Random(7)
     for _ in range(500):
@@ -69,6 +111,7 @@ def test_random_shapes(module, device):
         compare(module, [draw.randrange(1, 700) for _ in range(draw.randrange(1, 4))], rows, columns, device)
 
 
+@pytest.mark.gpu
 def test_fewer_programs_than_multiprocessors_at_a_time(module, device):
     """A program waits only for one that was launched before it: it ends even where the GPU is shared."""
     pairs = chunks((2048, 2048), 4096, 256, device)  # 32 tiles, all of them shared
@@ -83,6 +126,7 @@ def test_fewer_programs_than_multiprocessors_at_a_time(module, device):
     other.synchronize()
 
 
+@pytest.mark.gpu
 def test_what_does_not_fit(module, device):
     x = torch.zeros(16, 264, device=device, dtype=torch.bfloat16)
     assert module.fits(x, x)
