@@ -30,13 +30,16 @@ from .dispatch import Kernel, check, next_power_of_2, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
+BLOCK = 4096  # lanes, each of which takes the entries that lie so far apart
+MANY = 3  # entries that a lane keeps: that many walks over the row cost less than noise for all of it
 EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # of a logit in fp32: always zero
 
 
 @Kernel
 def _sample_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, ids, row_stride, vocab, SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, temperature, top_k, top_p, min_p, seeds, ids, row_stride, vocab,
+    SHIFT: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_at = logits + row * row_stride
     offset = tl.arange(0, BLOCK)
@@ -55,7 +58,7 @@ def _sample_kernel(
     last_id = vocab
     for phase in tl.static_range(2):
         if phase == 0:  # the k likeliest: every entry weighs 1
-            k = tl.load(top_k + row).to(tl.int32)
+            k = tl.minimum(tl.load(top_k + row), vocab).to(tl.int32)
             active = (k > 0) & (k < vocab)
         else:  # the likeliest p of the mass: an entry weighs exp((x - top) / temperature)
             p = tl.load(top_p + row)
@@ -86,16 +89,14 @@ def _sample_kernel(
             too_high = high + 1
             while low + 1 < too_high:
                 middle = low + ((too_high.to(tl.int64) - low) >> 1).to(tl.int32)
-                pattern = middle << SHIFT
-                value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+                value = ((middle ^ ((middle >> 31) & (0x7FFFFFFF >> SHIFT))) << SHIFT).to(tl.float32, bitcast=True)
                 enough = tl.sum(tl.where(largest >= value, weight, 0.0), axis=0) >= reach
                 low = tl.where(enough, middle, low)
                 too_high = tl.where(enough, too_high, middle)
             step = tl.full((), 1, tl.int64)
             while low < high:
                 middle = low + tl.minimum(step, (high.to(tl.int64) - low + 1) >> 1).to(tl.int32)
-                pattern = middle << SHIFT
-                value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+                value = ((middle ^ ((middle >> 31) & (0x7FFFFFFF >> SHIFT))) << SHIFT).to(tl.float32, bitcast=True)
                 mass = tl.zeros((BLOCK,), tl.float32)
                 for start in range(0, vocab, BLOCK):
                     at = start + offset
@@ -109,8 +110,7 @@ def _sample_kernel(
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)
                 step *= 2
-            pattern = low << SHIFT
-            value = (pattern ^ ((pattern >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            value = ((low ^ ((low >> 31) & (0x7FFFFFFF >> SHIFT))) << SHIFT).to(tl.float32, bitcast=True)
             above = tl.zeros((BLOCK,), tl.float32)
             ties = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, vocab, BLOCK):
@@ -153,14 +153,23 @@ def _sample_kernel(
     state = state ^ ((state >> 33) & 0x7FFFFFFF)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     best_id = offset
-    # Noise is dear, and few entries are kept as a rule: each lane makes it for the next of its entries that is kept, as
-    # long as one has any. Where nothing is left out, for all entries in turn.
+    # Noise is dear, and few entries are kept as a rule: each lane makes it for the next of its entries that is kept,
+    # until none has any. Where nothing is left out, or a lane turns out to keep many, for all entries in turn.
     filtered = (greedy == 0) & ((cut > -float("inf")) | (threshold > 0.0))
+    in_turn = filtered == 0
     done = tl.full((BLOCK,), -1, tl.int32)  # the last entry of each lane
     start = tl.cast(0, tl.int32)
     more = start < vocab
     while more:
-        if filtered:
+        if in_turn:
+            at = start + offset
+            x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
+            if filtered:
+                kept = (x > cut) | ((x == cut) & (at <= last_id))
+                x = tl.where(kept & ((tl.exp((x - top) * rate) >= threshold) | (x == top)), x, -float("inf"))
+            start += BLOCK
+            more = start < vocab
+        else:
             at = tl.full((BLOCK,), 0, tl.int32) + vocab
             x = tl.full((BLOCK,), -float("inf"), tl.float32)
             left = tl.zeros((BLOCK,), tl.int32)
@@ -174,12 +183,9 @@ def _sample_kernel(
                 at = tl.where(kept & (left == 0), each_at, at)
                 left += kept.to(tl.int32)
             done = at
-            more = tl.max(left, axis=0) > 1
-        else:
-            at = start + offset
-            x = tl.load(x_at + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
-            start += BLOCK
-            more = start < vocab
+            fullest = tl.max(left, axis=0)
+            in_turn = fullest > MANY
+            more = fullest > 1
         score = x
         if greedy == 0:
             bits = state + (at + 1).to(tl.int64) * -7046029254386353131
@@ -215,7 +221,7 @@ def _sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
     if rows:
         _sample_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, ids, logits.stride(0), vocab,
-            SHIFT=EMPTY_BITS[logits.dtype], BLOCK=min(4096, next_power_of_2(vocab)), num_warps=16,
+            SHIFT=EMPTY_BITS[logits.dtype], MANY=MANY, BLOCK=min(BLOCK, next_power_of_2(vocab)), num_warps=16,
         )  # fmt: skip
     return ids
 

@@ -1,11 +1,14 @@
 """Sampling: the distribution, each filter, and that no row knows its neighbours."""
 
+import importlib
 import math
 
 import pytest
 import torch
 
 from kernels import backend, reference, sample
+
+sampling = importlib.import_module("kernels.sampling")
 
 ROW = torch.tensor([1.0, 3.0, 0.5, 2.0, 2.9, -4.0])
 
@@ -113,9 +116,13 @@ def test_masked_tokens_are_never_drawn(each_backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows,vocab", [(12, 33), (4, 5000), pytest.param(2000, 32256, marks=pytest.mark.gpu)])
-def test_kernel_is_the_reference(kernel_and_reference, device, rows, vocab, dtype):
+@pytest.mark.parametrize(
+    "rows,vocab,block",
+    [(12, 33, 4096), (16, 150, 16), (4, 5000, 4096), pytest.param(2000, 32256, 4096, marks=pytest.mark.gpu)],
+)
+def test_kernel_is_the_reference(kernel_and_reference, device, monkeypatch, rows, vocab, block, dtype):
     """The same ids, whatever is filtered; few distinct values, so that cuts go through equals."""
+    monkeypatch.setattr(sampling, "BLOCK", block)
     for values in (3.0, 0.5):
         logits = (torch.randn(rows, vocab, device=device) * 4 / values).round().mul(values).to(dtype)
         if values == 3.0:
@@ -140,18 +147,31 @@ def test_equals_are_cut_by_id(each_backend, device, k, p):
     assert counts[kept:].sum() == 0
 
 
-def test_ends_of_the_range(kernel_and_reference, device):
-    """Infinite and huge logits, zeros of both signs, a single entry, rows of nothing but -inf."""
-    infinity = float("inf")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ends_of_the_range(kernel_and_reference, device, dtype):
+    """Infinite and huge logits, zeros of both signs, a single entry, rows of nothing but -inf, negative equals, and a
+    top_k beyond what is finite."""
+    infinity, huge = float("inf"), torch.finfo(dtype).max
     rows = 64 if device == "cuda" else 3
-    for row in ([-infinity, -infinity, 0.0], [-0.0, 0.0, -0.0, -1.0], [3e38, -3e38, 1e38], [2.0], [-infinity] * 3):
-        logits = torch.tensor([row] * rows, device=device)
-        for k, p, m in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.6, 0.0), (2, 0.6, 0.1)):
+    filters = (0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.6, 0.0), (2, 0.6, 0.1), (5, 1.0, 0.05), (5, 0.95, 0.0), (0, 0.0, 0.0)
+    for row in (
+        [-infinity, -infinity, 0.0], [-0.0, 0.0, -0.0, -1.0], [huge, -huge, huge / 3], [2.0], [-infinity] * 3,
+        [-1.0] * 8, [-infinity] * 6 + [0.5, 1.0, -2.0],
+    ):  # fmt: skip
+        logits = torch.tensor([row] * rows, device=device, dtype=dtype)
+        for k, p, m in filters:
             ours, expected = kernel_and_reference(logits, 1.0, k, p, m, torch.arange(rows, device=device))
             if row[0] == -infinity and row[-1] == -infinity:
                 assert ((ours >= 0) & (ours < len(row))).all()  # nothing is likely: any id, but an id
             else:
-                assert torch.equal(ours, expected)
+                assert torch.equal(ours, expected), (row, k, p, m)
+
+
+def test_top_k_of_64_bits(kernel_and_reference, device):
+    logits = torch.randn(20, 9, device=device)
+    everything = torch.full((20,), 2**32 + 1, device=device)
+    ours, expected = kernel_and_reference(logits, 1.0, everything, 1.0, 0.0, torch.arange(20, device=device))
+    assert torch.equal(ours, expected)
 
 
 def test_opcheck(each_backend, device):
