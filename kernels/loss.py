@@ -134,8 +134,9 @@ def _chunk(width: int) -> int:
 
 def _parts(vocab: int, width: int, dtype: torch.dtype) -> list[int]:
     """Rows of the sums in which dweight is added up. Where they are rounded at the end, the results need a place: as
-    much for each part as the logits of a chunk needed before (`_joined`), so that the end takes no more memory."""
-    count = -(-width // _chunk(width)) if _kept(dtype) != reference.wide(dtype) else 1
+    much for each part as the logits of a whole chunk (`_joined`), so that with so many tokens the end takes no more
+    memory than what was before it."""
+    count = max(1, -(-width // _chunk(width))) if _kept(dtype) != reference.wide(dtype) else 1
     rows = -(-vocab // (count * 128)) * 128
     return [min(rows, vocab - first) for first in range(0, vocab, rows)]
 

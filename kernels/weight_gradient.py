@@ -8,8 +8,8 @@ is rounded. Warps as in attention: a *loader* copies tiles of d and x into a rin
 
 Tiles are 128 x 256 and rarely a multiple of the programs, one a multiprocessor. What a last round would leave over is
 shared out by steps of STEP tokens, evenly, and comes first. A shared tile is added up by its programs one after the
-other, its last tokens first: the same bits each time. Each waits for the next in `index`, which counts the programs
-backwards, so whoever is waited for was launched before.
+other, its last tokens first: the same bits each time, on GPUs with as many multiprocessors. Each waits for the next in
+`index`, which counts the programs backwards, so whoever is waited for was launched before.
 """
 
 from typing import Any, NamedTuple
@@ -37,6 +37,16 @@ COLUMNS = gl.constexpr(256)
 STEP = gl.constexpr(64)  # tokens
 LEAST = gl.constexpr(4)  # steps of a share: fewer are not worth another addition
 STAGES = gl.constexpr(4)
+
+
+class Piece(NamedTuple):
+    """What a program does next: steps [first, first + count) of a tile."""
+
+    tile: Any
+    first: Any
+    count: Any
+    waits: Any  # for the program of the next index, which has what follows of the tile
+    tells: Any  # the program of the index before, which has what comes first
 
 
 class Work(NamedTuple):
@@ -70,12 +80,12 @@ def _work(tiles, across, steps):
 
 @gluon.jit
 def _piece(work, at):
-    """What to do at step `at`: (a tile, its first step, how many of them)."""
+    """The piece that begins at step `at`."""
     first = at % work.steps
     count = work.steps - first
     if at < work.shared:
         count = gl.minimum(count, work.end - at)
-    return at // work.steps, first, count
+    return Piece(at // work.steps, first, count, first + count < work.steps, first > 0)
 
 
 @gluon.jit
@@ -97,17 +107,17 @@ def _loader(descriptors, bars, bufs, work):
     n = 0
     at = work.begin
     while at < work.total:
-        tile, first, count = _piece(work, at)
-        row = tile // work.across * (2 * ROWS)
-        column = tile % work.across * COLUMNS
-        for i in range(first, first + count):
+        piece = _piece(work, at)
+        row = piece.tile // work.across * (2 * ROWS)
+        column = piece.tile % work.across * COLUMNS
+        for i in range(piece.first, piece.first + piece.count):
             slot = n % STAGES
             mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(slot), d_desc.block_type.nbytes + x_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(d_desc, [i * STEP, row], full.index(slot), d_s.index(slot))
             tma.async_copy_global_to_shared(x_desc, [i * STEP, column], full.index(slot), x_s.index(slot))
             n += 1
-        at = _after(work, at, count)
+        at = _after(work, at, piece.count)
 
 
 @gluon.jit
@@ -119,9 +129,9 @@ def _consumer(total, done, turn, bars, bufs, work, CONSUMER: gl.constexpr, FIRST
     n = 0
     at = work.begin
     while at < work.total:
-        tile, first, count = _piece(work, at)
+        piece = _piece(work, at)
         acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout=A)
-        for i in range(count):
+        for i in range(piece.count):
             slot = n % STAGES
             mbarrier.wait(full.index(slot), (n // STAGES) & 1)
             d = d_s.index(slot).slice(CONSUMER * ROWS, ROWS, dim=1).permute((1, 0))
@@ -131,19 +141,18 @@ def _consumer(total, done, turn, bars, bufs, work, CONSUMER: gl.constexpr, FIRST
             n += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES), count=1)
-        place = total + (tile * 2 + CONSUMER).to(gl.int64) * SIZE + held_range(SIZE)
-        last = first + count == work.steps  # nobody adds to the tile before
-        if not last:
+        place = total + (piece.tile * 2 + CONSUMER).to(gl.int64) * SIZE + held_range(SIZE)
+        if piece.waits:
             while gl.atomic_add(done + (work.index + 1) * 2 + CONSUMER, 0, sem="acquire") < turn:
                 pass
-        if FIRST and last:
+        if FIRST and not piece.waits:
             gl.store(place, as_held(acc))
         else:
             gl.atomic_add(place, as_held(acc), sem="relaxed")
-        if first > 0:
+        if piece.tells:
             thread_barrier()
             gl.atomic_xchg(done + work.index * 2 + CONSUMER, turn, sem="release")
-        at = _after(work, at, count)
+        at = _after(work, at, piece.count)
 
 
 @gluon.jit(do_not_specialize=["turn", "tiles", "across", "steps"])
@@ -182,7 +191,8 @@ def _round_kernel(total, out, rows, columns, across, ROWS: tl.constexpr, COLUMNS
 
 
 def _describable(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    return x.dtype == torch.bfloat16 and rows and x.data_ptr() % 16 == 0
 
 
 def _descriptor(x: Tensor, columns: int) -> TensorDescriptor:

@@ -48,7 +48,6 @@ def block_sizes(rows: int, head_dim: int, dtype: torch.dtype, paged: bool, narro
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
-@functools.lru_cache(maxsize=1024)
 def split_count(programs: int, tiles: int, most: int, slots: int) -> int:
     """Ranges per sequence of that many tiles: the fewest, of `most`, that keep the slots nearly (0.95) as busy as the
     best number would. Ranges are whole tiles, so the last ones may have nothing left."""
@@ -61,6 +60,7 @@ def split_count(programs: int, tiles: int, most: int, slots: int) -> int:
     return next(count for count in counts if busy(count) >= 0.95 * best)
 
 
+@functools.lru_cache(maxsize=1024)
 def _plan(
     programs: int, capacity: int, rows: int, head_dim: int, dtype: torch.dtype, paged: bool, multiprocessors: int
 ) -> tuple[dict[str, int], int]:

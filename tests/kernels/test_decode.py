@@ -1,5 +1,6 @@
 """Attention over a cache: the split-KV kernels against the textbook, in every layout that a cache can have."""
 
+import importlib
 import random
 
 import pytest
@@ -211,6 +212,28 @@ def test_split_count():
     assert split_count(144, 256, 128, 264) > 1  # one split would leave half of them idle
     for programs in range(1, 600):
         assert 1 <= split_count(programs, 256, 128, 264) <= 128
+
+
+@pytest.mark.parametrize(
+    "batch,kv_heads,rows,capacity,block,splits",
+    [
+        (1, 16, 1, 16384, 32, 24),  # one sequence: three programs a multiprocessor, in narrow tiles
+        (1, 8, 7, 16384, 32, 47),
+        (1, 32, 1, 16384, 64, 8),  # ranges are long enough for wide ones
+        (1, 1, 32, 16384, 32, 128),  # two tiles a range
+        (8, 8, 7, 16384, 64, 4),
+        (64, 8, 7, 2048, 32, 1),  # two rounds of programs
+        (3, 2, 4, 0, 32, 1),  # no room at all
+    ],
+)
+def test_plan(monkeypatch, batch, kv_heads, rows, capacity, block, splits):
+    """What was fastest on an H200, 132 multiprocessors."""
+    decode = importlib.import_module("kernels.attention.decode")
+    monkeypatch.setattr(decode, "interpreting", lambda: False)
+    plan = decode._plan.__wrapped__  # another interpreter's answers are cached
+    sizes, count = plan(batch * kv_heads, capacity, rows, 128, torch.bfloat16, True, 132)
+    assert (sizes["BLOCK_N"], count) == (block, splits)
+    assert plan(batch * kv_heads, capacity, rows, 128, torch.bfloat16, False, 132)[0]["BLOCK_N"] == 64
 
 
 def test_head_dim_without_a_kernel(triton, device):

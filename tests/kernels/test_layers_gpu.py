@@ -75,7 +75,7 @@ PROBLEMS = {"norm": norm_problem, "swiglu": swiglu_problem, "loss": loss_problem
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_random_shapes(fastest, device, nan_filled, monkeypatch, check_error, gradients, name):
-    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)  # several chunks, and parts of the sum
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 48)  # several chunks, and parts of the sum
     draw = random.Random(1)
     for i in range(500):
         dtype = (torch.bfloat16, torch.float16)[i % 2]
@@ -88,7 +88,7 @@ def test_random_shapes(fastest, device, nan_filled, monkeypatch, check_error, gr
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_twenty_runs_give_the_same_bits(fastest, device, monkeypatch, gradients, name):
-    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 48)
     ours, _, inputs = PROBLEMS[name](random.Random(3), torch.bfloat16, device)
     expected = gradients(ours, inputs)
     for _ in range(20):
@@ -98,7 +98,7 @@ def test_twenty_runs_give_the_same_bits(fastest, device, monkeypatch, gradients,
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_captured_forward_and_backward(fastest, device, monkeypatch, name):
     """A graph replayed for other values gives what eager calls give."""
-    monkeypatch.setattr(loss_module, "_chunk", lambda width: 256)
+    monkeypatch.setattr(loss_module, "_chunk", lambda width: 48)
     ours, _, inputs = PROBLEMS[name](random.Random(5), torch.bfloat16, device)
     leaves = [x.requires_grad_() for x in inputs]
     weights = []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels import linear_cross_entropy
 from kernels.dispatch import hopper_missing
 
 
@@ -19,15 +20,15 @@ def module(device):
 
 
 def pieces(module, monkeypatch, program, programs, tiles, steps):
-    """(index, [(tile, first step, steps)]) of one program, as the kernel's own functions say, called from Python."""
+    """The index of a program and its pieces in order, as the kernel's own functions say, called from Python."""
     language = {"program_id": lambda _: program, "num_programs": lambda _: programs, "minimum": min}
     monkeypatch.setattr(module, "gl", SimpleNamespace(**language))
     monkeypatch.setattr(module, "LEAST", 4)
     work, found = module._work.fn(tiles, 1, steps), []
     at = work.begin
-    while at < work.total:
+    while at < work.total and len(found) <= tiles:
         found.append(module._piece.fn(work, at))
-        at = module._after.fn(work, at, found[-1][2])
+        at = module._after.fn(work, at, found[-1].count)
     return work.index, found
 
 
@@ -43,19 +44,20 @@ def test_every_step_once_and_nobody_waits_for_ever(monkeypatch, programs):
             index, found = pieces(module, monkeypatch, program, launched, tiles, steps)
             assert index == launched - 1 - program
             work[index] = found
-        done = [
-            (tile, i) for found in work.values() for tile, first, count in found for i in range(first, first + count)
-        ]
-        assert sorted(done) == [(tile, i) for tile in range(tiles) for i in range(steps)]
+        done = [(x.tile, x.first + i) for found in work.values() for x in found for i in range(x.count)]
+        assert sorted(done) == [(t, i) for t in range(tiles) for i in range(steps)]
+        told = {(index, x.tile, x.first) for index, found in work.items() for x in found if x.tells}
+        for found in work.values():
+            assert not any(piece.tells for piece in found[1:])  # only what it does first: who waits for it may go on
         for index, found in work.items():
-            # A piece that begins within a tile is the program's first: it is what the program before waits for.
-            assert all(first == 0 for _, first, _ in found[1:])
-            for tile, first, count in found:
-                assert count > 0
-                if first + count < steps:  # waits for the program that has what follows, which was launched before
-                    other, begins, _ = work[index + 1][0]
-                    assert (other, begins) == (tile, first + count)
-        counts = [sum(count for _, _, count in found) for found in work.values()]
+            for piece in found:
+                assert piece.count > 0
+                end = piece.first + piece.count
+                assert piece.waits == (end < steps)  # else nobody adds to the tile before
+                if piece.waits:
+                    told.remove((index + 1, piece.tile, end))
+        assert not told
+        counts = [sum(piece.count for piece in found) for found in work.values()]
         assert max(counts) - min(counts) <= 4
 
 
@@ -127,6 +129,29 @@ def test_fewer_programs_than_multiprocessors_at_a_time(module, device):
 
 
 @pytest.mark.gpu
+def test_the_loss_uses_it(fastest, module, device, monkeypatch):
+    calls, add = [], module.Sum.add
+    monkeypatch.setattr(module.Sum, "add", lambda self, d, x: calls.append(len(x)) or add(self, d, x))
+    hidden, weight = (torch.randn(n, 512, device=device).bfloat16().requires_grad_() for n in (5000, 1000))
+    linear_cross_entropy(hidden, weight, torch.randint(1000, (5000,), device=device))
+    assert calls == [2048, 2048, 904]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width,megabytes", [(2048, 463.6), (4096, 927.1), (7168, 1425.2)])
+def test_peak_memory(fastest, module, device, width, megabytes):
+    """16,384 tokens, 32,256 rows, both gradients: no more than Liger needs (463.55, 927.02, 1,623.28 MB)."""
+    hidden = torch.randn(16384, width, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(32256, width, device=device) / width**0.5).bfloat16().requires_grad_()
+    targets = torch.randint(32256, (16384,), device=device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], (hidden, weight))
+    assert torch.cuda.max_memory_allocated() - before <= megabytes * 1e6
+
+
+@pytest.mark.gpu
 def test_what_does_not_fit(module, device):
     x = torch.zeros(16, 264, device=device, dtype=torch.bfloat16)
     assert module.fits(x, x)
@@ -135,3 +160,4 @@ def test_what_does_not_fit(module, device):
     assert not module.fits(x[:, :9].contiguous(), x)
     assert not module.fits(x, x.t())
     assert not module.fits(x, x.half())
+    assert not module.fits(x, x[:1].expand(16, -1))
