@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the older name is triton 3.6's
 
+FLAT = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))  # four numbers a thread, side by side
+
 
 @gluon.jit
 def not_earlier(x):
@@ -19,7 +21,6 @@ def not_earlier(x):
 def as_held(x):
     """x (64, n), a product of a warpgroup, as (64 n,) in an order in which each thread's numbers, which stay where they
     are, lie side by side in fours: 16 bytes to store or add at a time. `as_rows` undoes it."""
-    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     n: gl.constexpr = x.shape[1]
     x = x.reshape([4, 2, 8, n // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5])
     return gl.convert_layout(x.reshape([64 * n]), FLAT)
@@ -28,7 +29,7 @@ def as_held(x):
 @gluon.jit
 def held_range(SIZE: gl.constexpr):
     """0 ... SIZE - 1, of which each thread has those of the numbers that `as_held` leaves it."""
-    return gl.arange(0, SIZE, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    return gl.arange(0, SIZE, layout=FLAT)
 
 
 @triton.jit

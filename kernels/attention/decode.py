@@ -62,18 +62,18 @@ def split_count(programs: int, tiles: int, most: int, slots: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    programs: int, capacity: int, rows: int, head_dim: int, dtype: torch.dtype, paged: bool, multiprocessors: int
+    programs: int, capacity: int, rows: int, head_dim: int, dtype: torch.dtype, paged: bool, processors: int
 ) -> tuple[dict[str, int], int]:
     """Block sizes and the number of ranges, for that many programs a range and packed rows a program."""
     wide, narrow = (block_sizes(rows, head_dim, dtype, paged, narrow=n) for n in (False, True))
     tiles, shorter = (max(1, triton.cdiv(capacity, sizes["BLOCK_N"])) for sizes in (wide, narrow))
-    most, slots = capacity // MIN_SPLIT, WIDE * multiprocessors
+    most, slots = capacity // MIN_SPLIT, WIDE * processors
     splits = split_count(programs, tiles, most, slots)
     if not paged:
         return wide, splits
     if rows <= 16:  # more rows would be computing, not waiting
-        more = split_count(programs, shorter, most, NARROW * multiprocessors)
-        if programs * more <= NARROW * multiprocessors and capacity <= SHORT * more:
+        more = split_count(programs, shorter, most, NARROW * processors)
+        if programs * more <= NARROW * processors and capacity <= SHORT * more:
             return narrow, more
     return (narrow if programs * splits > MANY * slots or tiles <= 2 * splits else wide), splits
 

@@ -43,7 +43,7 @@ def copy_of(total_bytes: float) -> Callable[[], Function]:
 
     def make() -> Function:
         source = torch.zeros(int(total_bytes) // 4, dtype=torch.int16, device="cuda")
-        parts = source.split(2**27)  # a copy of more than half a GiB in one piece takes half as long again
+        parts = source.split(2**27)  # in one piece 0.6 GB took half as long again as their size says
         # Into memory of its own each time it is captured, like what it is compared with.
         return lambda: [part.clone() for part in parts]
 
