@@ -246,17 +246,6 @@ class Launcher:
             self.compiled[full_key] = compiled
 
 
-GRID_ROWS = 65535  # the second and third dimensions of a grid of programs take no more
-
-
-def rows_grid(parts: int, rows: int) -> tuple[int, int, int]:
-    """A grid of programs, `parts` a row, whose row is program_id(2) * num_programs(1) + program_id(1); the last may be
-    none. A row's programs run side by side: what lies together in memory is read and written together. No grid holds
-    2^32 rows, so a kernel computes the row in unsigned 32 bits: in 64, rotary positions take 4 % more time."""
-    down = min(rows, GRID_ROWS)
-    return parts, down, -(-rows // down)
-
-
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

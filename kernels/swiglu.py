@@ -17,24 +17,23 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, rows_grid, use_triton
+from .dispatch import Kernel, check, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
-def _block(columns: int) -> int:
-    """Columns of a program: the fewest that are idle, then the widest, 8 for each of its threads."""
-    return max((2048, 4096), key=lambda block: (-(-(-columns // block) * block), block))
+def _blocks(columns: int) -> tuple[int, int]:
+    """Columns of a program, the fewest that are idle, then the widest, 8 for each of its threads; programs of a row,
+    side by side: what lies together in memory is read and written together."""
+    block = max((2048, 4096), key=lambda block: (-(-(-columns // block) * block), block))
+    return block, -(-columns // block)
 
 
 @Kernel
-def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
-    row = row.to(tl.int64)
-    if row >= rows:
-        return
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _forward_kernel(gate_up, y, row_stride, columns, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    at = tl.program_id(0) % PARTS * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at
     gate = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
@@ -44,12 +43,9 @@ def _forward_kernel(gate_up, y, rows, row_stride, columns, BLOCK: tl.constexpr):
 
 
 @Kernel
-def _backward_kernel(dy, gate_up, dgate_up, rows, row_stride, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
-    row = row.to(tl.int64)
-    if row >= rows:
-        return
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _backward_kernel(dy, gate_up, dgate_up, row_stride, columns, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    at = tl.program_id(0) % PARTS * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
     source = gate_up + row * row_stride + at
     gate = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
@@ -75,9 +71,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     y = torch.empty((rows, columns), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        block = _block(columns)
-        _forward_kernel[rows_grid(-(-columns // block), rows)](
-            gate_up, y, rows, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
+        block, parts = _blocks(columns)
+        _forward_kernel[(parts * rows,)](
+            gate_up, y, gate_up.stride(0), columns, PARTS=parts, BLOCK=block, num_warps=block // 256
         )
     return y
 
@@ -95,10 +91,11 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     dgate_up = torch.empty((rows, 2 * columns), dtype=gate_up.dtype, device=gate_up.device)
     if dy.numel():
-        block = _block(columns)
-        _backward_kernel[rows_grid(-(-columns // block), rows)](
-            dy.contiguous(), gate_up, dgate_up, rows, gate_up.stride(0), columns, BLOCK=block, num_warps=block // 256
-        )
+        block, parts = _blocks(columns)
+        _backward_kernel[(parts * rows,)](
+            dy.contiguous(), gate_up, dgate_up, gate_up.stride(0), columns,
+            PARTS=parts, BLOCK=block, num_warps=block // 256,
+        )  # fmt: skip
     return dgate_up
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, backend, dispatch
+from kernels import apply_rope, backend, rope
 
 CASES = [
     (torch.float32, 4, 2, 16, 9),
@@ -61,7 +61,7 @@ def test_kernels(triton, device, check_error, gradients, dtype, heads, kv_heads,
 def test_more_rows_than_a_grid_is_long(triton, device, monkeypatch):
     qkv, positions = torch.randn(7, 5 * 8, device=device), torch.arange(7, device=device)
     whole = rotated_copy(qkv, positions, 3, 1, 1e4, 1.0)
-    monkeypatch.setattr(dispatch, "GRID_ROWS", 3)
+    monkeypatch.setattr(rope, "GRID_ROWS", 3)
     assert torch.equal(rotated_copy(qkv, positions, 3, 1, 1e4, 1.0), whole)
 
 
