@@ -47,7 +47,7 @@ def _write_kernel(
         if PAGED:
             block = tl.load(block_table + batch * table_row + slot // page, mask=wanted, other=0).to(tl.int64)
             slot = slot % page
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # heads may lie far apart
     at = tl.arange(0, BLOCK)[None, :]
     mask = (head[:, None] < KV_HEADS) & (at < D) & wanted
     new_k = tl.load(k + row * k_row + head[:, None] * k_head + at, mask=mask, other=0.0)

@@ -48,8 +48,8 @@ def _kernel(
     k_cache, v_cache, slots, k_descale, v_descale, page, k_block, k_slot, k_head, v_block, v_slot, v_head,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CACHE: tl.constexpr, DESCALE: tl.constexpr,
 ):  # fmt: skip
-    # The last rows may be none. In 32 bits this is uniform arithmetic, which leaves 32 registers for each thread. Rows
-    # in 64 bits, or one number divided, take 36: 12 programs a multiprocessor instead of 16, and 5 % more time.
+    # The grid may have more rows than x. In 32 bits this is uniform arithmetic, which leaves a thread 32 registers.
+    # In 64 bits, or with one program number divided by 2 or 4, it takes 36: 12 programs a multiprocessor, not 16.
     row = tl.program_id(2).to(tl.uint32) * tl.num_programs(1).to(tl.uint32) + tl.program_id(1).to(tl.uint32)
     row = row.to(tl.int64)
     if row >= rows:
@@ -89,8 +89,8 @@ def _kernel(
         kv_heads = all_heads - heads
         is_k = mask & (head < heads) & (head >= heads - kv_heads) & (block >= 0) & (slot >= 0)
         is_v = mask & (head >= heads) & (block >= 0) & (slot >= 0)
-        k_index = head - (heads - kv_heads)
-        v_index = head - heads
+        k_index = (head - (heads - kv_heads)).to(tl.int64)  # heads may lie far apart in a cache
+        v_index = (head - heads).to(tl.int64)
         k_at = k_cache + block * k_block + slot * k_slot + k_index * k_head + at[None, :]
         v_at = v_cache + block * v_block + slot * v_slot + v_index * v_head + at[None, :]
         if DESCALE:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 def _blocks(columns: int) -> tuple[int, int]:
-    """Columns of a program, the fewest that are idle, then the widest, 8 for each of its threads; programs of a row,
-    side by side: what lies together in memory is read and written together."""
+    """Columns of a program, and programs of a row: as few idle columns as possible, then as few programs.
+
+    A row's programs run side by side: what lies together in memory is read and written together."""
     block = max((2048, 4096), key=lambda block: (-(-(-columns // block) * block), block))
     return block, -(-columns // block)
 

@@ -59,6 +59,24 @@ def test_write_into_a_strided_cache(device):
     assert both.count_nonzero() == 4 * KV_HEADS * HEAD_DIM
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_heads_far_apart(each_backend, device, rotate):
+    """A cache whose outer dimension is the heads: the third begins 2^31 elements behind the first, which 32 bits would
+    take for as many before it. Of the memory, fp8, only a few pages are touched."""
+    memory = torch.empty(2**32 + 512, dtype=torch.float8_e4m3fn, device=device)
+    strides = 3 * HEAD_DIM, HEAD_DIM, 2**30, 1
+    caches = [memory.as_strided((4, 3, 3, HEAD_DIM), strides, 2**31 + offset) for offset in (0, 256)]
+    qkv = torch.randint(-15, 16, (2, 9, HEAD_DIM), device=device) / 4
+    slots, positions = torch.tensor([4, 9], device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    descales = torch.ones(2, 3, device=device)
+    if rotate:  # by nothing, at position 0
+        apply_rope_and_write_kv(qkv.flatten(1), positions, 3, 3, 1e4, 1.0, *caches, slots, *descales)
+    else:
+        write_kv(qkv[:, 3:6], qkv[:, 6:], *caches, slots, *descales)
+    for cache, new in zip(caches, (qkv[:, 3:6], qkv[:, 6:]), strict=True):
+        assert torch.equal(cache.float().flatten(0, 1)[slots], new)
+
+
 def paged(cache, page, generator):
     """The same cache in pages of shuffled order: pages, block table; unused entries of the table are -1."""
     batch, max_len = cache.shape[:2]

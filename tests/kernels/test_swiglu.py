@@ -8,6 +8,7 @@ CASES = [
     (torch.float16, (2, 3, 66)),
     (torch.float16, (1, 2)),
     (torch.float32, (2, 2 * 1500)),
+    (torch.float32, (3, 2 * 4100)),  # three programs a row
     *(
         pytest.param(dtype, shape, marks=pytest.mark.gpu)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
