@@ -12,13 +12,14 @@ the GPU, and none allocates by a length that only the GPU knows, so all can be c
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import reference, rope
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, floating, next_power_of_2, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -42,10 +43,11 @@ def _write_kernel(
     else:  # behind what the sequence holds already
         batch = row // new
         slot = tl.load(seqlens + batch).to(tl.int64) + row % new
-        wanted = slot < capacity
+        wanted = (slot >= 0) & (slot < capacity)
         block = batch
         if PAGED:
             block = tl.load(block_table + batch * table_row + slot // page, mask=wanted, other=0).to(tl.int64)
+            wanted = wanted & (block >= 0)  # an entry of the table that is not used
             slot = slot % page
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # heads may lie far apart
     at = tl.arange(0, BLOCK)[None, :]
@@ -55,17 +57,24 @@ def _write_kernel(
     if DESCALE:
         k_factor = tl.load(k_descale + head, mask=head < KV_HEADS, other=1.0)[:, None]
         v_factor = tl.load(v_descale + head, mask=head < KV_HEADS, other=1.0)[:, None]
-        new_k = tl.clamp(new_k.to(tl.float32) / k_factor, -448.0, 448.0)
-        new_v = tl.clamp(new_v.to(tl.float32) / v_factor, -448.0, 448.0)
+        new_k = tl.clamp(new_k.to(tl.float32) / k_factor, -448.0, 448.0, tl.PropagateNan.ALL)
+        new_v = tl.clamp(new_v.to(tl.float32) / v_factor, -448.0, 448.0, tl.PropagateNan.ALL)
     k_at = k_cache + block * k_block + slot * k_slot + head[:, None] * k_cache_head + at
     v_at = v_cache + block * v_block + slot * v_slot + head[:, None] * v_cache_head + at
     tl.store(k_at, new_k.to(k_cache.dtype.element_ty), mask=mask)
     tl.store(v_at, new_v.to(v_cache.dtype.element_ty), mask=mask)
 
 
+@functools.cache
+def _has_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _unsupported(*tensors: Tensor) -> str | None:
     if any(x.dtype == torch.float64 for x in tensors):
         return "the Triton kernels do not compute in float64"
+    if any(x.dtype in CACHE_DTYPES and x.is_cuda and not _has_fp8(x.device) for x in tensors):
+        return "the GPU converts to fp8 from compute capability 8.9 on"
     return None if all(x.stride(-1) == 1 for x in tensors) else "the elements of a head must be contiguous"
 
 
@@ -205,7 +214,7 @@ def _check_cache(
     """x: what is written or asks."""
     fits = k_cache.dim() == 4 and k_cache.shape == v_cache.shape
     check(fits, lambda: f"{name}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit")
-    check(x.is_floating_point(), lambda: f"{name}: floating point is needed, not {x.dtype}")
+    check(floating(x), lambda: f"{name}: floating point of 16 bits or more is needed, not {x.dtype}")
     same = k_cache.dtype == v_cache.dtype and x.device == k_cache.device == v_cache.device
     same = same and (k_cache.dtype == x.dtype or k_cache.dtype in CACHE_DTYPES)
     check(
@@ -217,7 +226,8 @@ def _check_cache(
     check(fits, lambda: f"{name}: an fp8 cache, and no other, needs k_descale and v_descale")
     for y in descaled:
         fits = y.shape == k_cache.shape[2:3] and y.dtype == torch.float32 and y.device == x.device
-        check(fits, lambda: f"{name}: a descale must be fp32 ({k_cache.shape[2]},) on {x.device}")
+        fits = fits and y.is_contiguous()
+        check(fits, lambda: f"{name}: a descale must be contiguous fp32 ({k_cache.shape[2]},) on {x.device}")
 
 
 def _check_slots(name: str, slot_mapping: Tensor, x: Tensor) -> None:
@@ -243,7 +253,8 @@ def write_kv(
     ValueError when shapes, dtypes or devices do not fit.
     """
     _check_cache("write_kv", k, k_cache, v_cache, k_descale, v_descale)
-    fits = k.dim() == 3 and k.shape == v.shape and k.shape[1:] == k_cache.shape[2:] and k.dtype == v.dtype
+    fits = k.dim() == 3 and k.shape == v.shape and k.shape[1:] == k_cache.shape[2:]
+    fits = fits and k.dtype == v.dtype and k.device == v.device
     check(fits, lambda: f"write_kv: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit the cache {tuple(k_cache.shape)}")
     _check_slots("write_kv", slot_mapping, k)
     _write_kv(k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
@@ -309,52 +320,61 @@ def flash_attn_with_kvcache(
     same bits in every batch. The reference knows no ranges.
 
     Returns out like q, with return_softmax_lse also lse (batch, heads, seqlen) fp32, natural logarithm. ValueError when
-    shapes, dtypes or devices do not fit, and, on the CPU, when the cache is too short; on a GPU, which is not waited
-    for, entries that do not fit are dropped.
+    shapes, dtypes or devices do not fit, and, on the CPU and not compiled, when the cache is too short; on a GPU, which
+    is not waited for, entries that do not fit are dropped. So are those whose page the block_table has as negative.
     """
     name = "flash_attn_with_kvcache"
     _check_cache(name, q, k_cache, v_cache, k_descale, v_descale)
-    fits = q.dim() == 4 and q.shape[3] == k_cache.shape[3] and q.shape[2] % k_cache.shape[2] == 0
+    fits = q.dim() == 4 and q.shape[3] == k_cache.shape[3] and q.shape[2] % max(1, k_cache.shape[2]) == 0
+    fits = fits and k_cache.shape[2] > 0
     fits = fits and (block_table is not None or q.shape[0] == k_cache.shape[0])
     check(fits, lambda: f"{name}: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} do not fit each other")
     check((k is None) == (v is None), lambda: f"{name}: give both k and v, or neither")
-    check(num_splits >= 0, lambda: f"{name}: num_splits {num_splits} is negative")
+    check(0 <= num_splits < 2**16, lambda: f"{name}: num_splits {num_splits} is outside [0, 65535]")
     check(fixed_split_size is None or fixed_split_size > 0, lambda: f"{name}: fixed_split_size {fixed_split_size} < 1")
     batch, page = q.shape[0], k_cache.shape[1]
     if block_table is not None:
         fits = block_table.shape[:-1] == (batch,) and block_table.dtype == torch.int32 and block_table.stride(-1) == 1
-        check(fits, lambda: f"{name}: block_table {tuple(block_table.shape)} is not int32 ({batch}, max_blocks)")
+        fits = fits and block_table.device == q.device
+        check(
+            fits,
+            lambda: (
+                f"{name}: block_table {block_table.dtype} {tuple(block_table.shape)} on {block_table.device} "
+                f"is not int32 ({batch}, max_blocks) on {q.device}"
+            ),
+        )
     capacity = page if block_table is None else block_table.shape[1] * page
     if isinstance(cache_seqlens, Tensor):
         seqlens = cache_seqlens.contiguous()
     else:
         everywhere = cache_seqlens if cache_seqlens is not None else capacity if k is None else 0
+        check(0 <= everywhere < 2**31, lambda: f"{name}: cache_seqlens {everywhere} is outside [0, 2^31)")
         seqlens = torch.full((batch,), everywhere, dtype=torch.int32, device=q.device)
-    fits = seqlens.shape == (batch,) and seqlens.dtype in (torch.int32, torch.int64)
-    check(fits, lambda: f"{name}: cache_seqlens {tuple(seqlens.shape)} is not an integer per sequence")
+    fits = seqlens.shape == (batch,) and seqlens.dtype in (torch.int32, torch.int64) and seqlens.device == q.device
+    check(fits, lambda: f"{name}: cache_seqlens {tuple(seqlens.shape)} is not an integer per sequence on {q.device}")
     new = 0 if k is None else k.shape[1]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         longest = max(seqlens.tolist(), default=0) + new
         check(longest <= capacity, lambda: f"{name}: {longest} entries do not fit a cache of {capacity}")
     if k is not None and v is not None:
         fits = k.dim() == 4 and k.shape == v.shape and (k.shape[0], *k.shape[2:]) == (batch, *k_cache.shape[2:])
-        fits = fits and k.dtype == v.dtype == q.dtype
+        fits = fits and k.dtype == v.dtype == q.dtype and k.device == v.device == q.device
         check(fits, lambda: f"{name}: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the cache and q")
         _append_kv(k, v, k_cache, v_cache, seqlens, block_table, k_descale, v_descale)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = _attention_with_kvcache(
         q, k_cache, v_cache, seqlens, new, block_table, k_descale, v_descale, scale, causal,
-        num_splits, fixed_split_size or 0,
+        num_splits, min(fixed_split_size or 0, max(1, capacity)),
     )  # fmt: skip
     return (out, lse.transpose(1, 2)) if return_softmax_lse else out
 
 
 def _slots(starts: Tensor, new: int, page: int, capacity: int, block_table: Tensor | None) -> Tensor:
-    """Slots of positions starts ... starts + new of each sequence, flat; -1 beyond the capacity."""
+    """Slots of positions starts ... starts + new of each sequence, flat; negative where there is none."""
     position = starts[:, None] + torch.arange(new, device=starts.device)  # (batch, new)
-    inside = position.clamp(max=capacity - 1)
+    inside = position.clamp(0, capacity - 1)
     if block_table is None:
         slot = torch.arange(starts.shape[0], device=starts.device)[:, None] * page + inside
     else:
         slot = block_table.long().gather(1, inside // page) * page + inside % page
-    return torch.where(position < capacity, slot, -1).flatten()
+    return torch.where((position >= 0) & (position < capacity), slot, -1).flatten()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_hopper, use_triton
+from .dispatch import Kernel, check, floating, next_power_of_2, use_hopper, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -304,12 +304,25 @@ def linear_cross_entropy(
     gradients. A count of 0 gives loss 0 and zero gradients. A target outside the vocabulary is an error on the CPU and
     gives NaN in the kernel. ValueError when shapes, dtypes or devices do not fit.
     """
-    fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    check(floating(hidden), lambda: f"linear_cross_entropy: floating point is needed, not {hidden.dtype}")
+    fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0
     check(fits, lambda: f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
-    check(fits, lambda: f"linear_cross_entropy: targets must be int64 ({hidden.shape[0]},), not {tuple(targets.shape)}")
+    check(
+        fits,
+        lambda: (
+            f"linear_cross_entropy: targets must be int64 ({hidden.shape[0]},), "
+            f"not {targets.dtype} {tuple(targets.shape)}"
+        ),
+    )
     same = weight.dtype == hidden.dtype and weight.device == hidden.device == targets.device
-    check(same, lambda: f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype}")
+    check(
+        same,
+        lambda: (
+            f"linear_cross_entropy: hidden is {hidden.dtype} on {hidden.device}, "
+            f"weight {weight.dtype} on {weight.device}, targets on {targets.device}"
+        ),
+    )
     grad = torch.is_grad_enabled()
     need_dhidden, need_dweight = grad and hidden.requires_grad, grad and weight.requires_grad
     loss, count, _, _, logits = _linear_cross_entropy(

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, early_launch, next_power_of_2, use_triton
+from .dispatch import Kernel, check, early_launch, floating, next_power_of_2, shared_memory, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 MULTIPROCESSORS = 132  # an H200's; a constant, so that sums do not vary
-ROWS_BYTES = 192 * 1024  # of rows that are waited for, in a multiprocessor's 227 KB of shared memory
+ROWS_BYTES = 192 * 1024  # of rows that are waited for, at most, in a multiprocessor's shared memory (Hopper: 227 KB)
 FINISH_COLUMNS = 16  # 64 bytes a row: as many programs as there are multiprocessors for 2048 columns
 
 
@@ -119,7 +119,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
     """-> y (rows, columns), rstd (rows,) fp32, and x + residual, empty without a residual."""
     if not use_triton(x, _unsupported(x)):
         total = x.new_empty(0) if residual is None else x + residual
-        return (*reference.rms_norm(x if residual is None else total, weight, eps), total)
+        y, rstd = reference.rms_norm(x if residual is None else total, weight, eps)
+        return y.contiguous(), rstd, total.contiguous()
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
@@ -147,7 +148,8 @@ def _rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     if not use_triton(x, _unsupported(x)):
-        return reference.rms_norm_backward(dy, dsum, x, weight, rstd)
+        dx, dweight = reference.rms_norm_backward(dy, dsum, x, weight, rstd)
+        return dx.contiguous(), dweight
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
@@ -161,7 +163,8 @@ def _rms_norm_backward(
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
     early = early_launch(x.device)
     row_bytes = block * x.element_size() * (2 if dsum is None else 3)
-    stages = min(4, 1 + ROWS_BYTES // together // row_bytes)  # one row less than that is on its way
+    rows_bytes = min(ROWS_BYTES, shared_memory(x.device) - 4096)  # the reductions take some
+    stages = min(4, 1 + rows_bytes // together // row_bytes)  # one row less than that is on its way
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
         rows, x.stride(0), columns, HAS_DSUM=dsum is not None, BLOCK=block, STAGES=stages, EARLY=early,
@@ -201,15 +204,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension; with a residual, of x + residual.
 
     x, residual (..., columns), weight (columns,): one dtype and device. Statistics in fp32; the normalised value is
-    rounded to x.dtype before the product with weight, as in transformers' Llama. Differentiable; the weight's gradient
-    is summed in fp32 in a fixed order.
+    rounded to x.dtype before the product with weight, as in transformers' Llama. Differentiable once, in reverse mode;
+    the weight's gradient is summed in fp32 in a fixed order.
 
     Returns y, or (y, x + residual) when a residual is given. ValueError when shapes, dtypes or devices do not fit.
     """
-    check(
-        weight.shape == x.shape[-1:], lambda: f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
-    )
-    check(x.is_floating_point(), lambda: f"rms_norm: x must be floating point, not {x.dtype}")
+    fits = x.dim() > 0 and x.shape[-1] > 0 and weight.shape == x.shape[-1:]
+    check(fits, lambda: f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    check(floating(x), lambda: f"rms_norm: x must be floating point of 16 bits or more, not {x.dtype}")
     same = weight.dtype == x.dtype and weight.device == x.device
     check(same, lambda: f"rms_norm: x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
     rows = x.reshape(-1, x.shape[-1])
@@ -219,7 +221,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     check(
         same,
         lambda: (
-            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must be like x {tuple(x.shape)} {x.dtype}"
+            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} on {residual.device} "
+            f"must be like x {tuple(x.shape)} {x.dtype} on {x.device}"
         ),
     )
     y, _, total = _rms_norm(rows, weight, eps, residual.reshape(rows.shape))

@@ -319,7 +319,8 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor) -> Tensor:
     """Ids (rows,) of logits (rows, vocab): the argmax of what the filters keep, plus noise; at temperature 0 of all."""
     greedy = temperature == 0
-    tempered = logits.float() * (1 / torch.where(greedy, 1.0, temperature))[:, None]
+    rate = (1 / torch.where(greedy, 1.0, temperature)).clamp(1e-30, 1e30)  # neither 0, since 0 * -inf is NaN, nor inf
+    tempered = logits.float() * rate[:, None]
     off = (top_k == 0) & (top_p >= 1) & (min_p == 0)
     if logits.device.type != "cpu" or not off.all():  # elsewhere nobody waits to learn it
         tempered = filter_logits(tempered, top_k, top_p, min_p)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, floating, next_power_of_2, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -96,10 +96,10 @@ def _kernel(
         if DESCALE:
             k_factor = tl.load(k_descale + k_index, mask=(head < heads) & (k_index >= 0), other=1.0)
             v_factor = tl.load(v_descale + v_index, mask=(head >= heads) & (head < all_heads), other=1.0)
-            turned_a = tl.clamp(turned_a.to(tl.float32) / k_factor, -448.0, 448.0)
-            turned_b = tl.clamp(turned_b.to(tl.float32) / k_factor, -448.0, 448.0)
-            a = tl.clamp(a.to(tl.float32) / v_factor, -448.0, 448.0)
-            b = tl.clamp(b.to(tl.float32) / v_factor, -448.0, 448.0)
+            turned_a = tl.clamp(turned_a.to(tl.float32) / k_factor, -448.0, 448.0, tl.PropagateNan.ALL)
+            turned_b = tl.clamp(turned_b.to(tl.float32) / k_factor, -448.0, 448.0, tl.PropagateNan.ALL)
+            a = tl.clamp(a.to(tl.float32) / v_factor, -448.0, 448.0, tl.PropagateNan.ALL)
+            b = tl.clamp(b.to(tl.float32) / v_factor, -448.0, 448.0, tl.PropagateNan.ALL)
         tl.store(k_at, turned_a.to(k_cache.dtype.element_ty), mask=is_k)
         tl.store(k_at + HALF, turned_b.to(k_cache.dtype.element_ty), mask=is_k)
         tl.store(v_at, a.to(v_cache.dtype.element_ty), mask=is_v)
@@ -222,7 +222,7 @@ def check_arguments(name: str, qkv: Tensor, positions: Tensor, num_heads: int, n
     heads = num_heads + 2 * num_kv_heads
     fits = qkv.dim() == 2 and qkv.shape[1] % heads == 0 and (qkv.shape[1] // heads) % 2 == 0
     check(fits, lambda: f"{name}: qkv {tuple(qkv.shape)} is not (total, {heads} heads * an even head_dim)")
-    check(qkv.is_floating_point(), lambda: f"{name}: qkv must be floating point, not {qkv.dtype}")
+    check(floating(qkv), lambda: f"{name}: qkv must be floating point of 16 bits or more, not {qkv.dtype}")
     fits = positions.shape == qkv.shape[:1] and positions.dtype in (torch.int32, torch.int64)
     check(fits, lambda: f"{name}: positions must be int32 or int64 ({qkv.shape[0]},), not {tuple(positions.shape)}")
     check(positions.device == qkv.device, lambda: f"{name}: positions on {positions.device}, qkv on {qkv.device}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, next_power_of_2, use_triton
+from .dispatch import Kernel, check, floating, next_power_of_2, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -45,7 +45,7 @@ def _sample_kernel(
     offset = tl.arange(0, BLOCK)
     t = tl.load(temperature + row)
     greedy = t == 0.0
-    rate = tl.div_rn(1.0, tl.where(greedy, 1.0, t))
+    rate = tl.clamp(tl.div_rn(1.0, tl.where(greedy, 1.0, t)), 1e-30, 1e30)  # neither 0, since 0 * -inf is NaN, nor inf
 
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -249,14 +249,13 @@ def sample(
 
     ValueError for wrong shapes and for numbers out of range (tensors are not looked into: that would wait for the GPU).
     """
-    check(
-        logits.dim() == 2 and logits.is_floating_point(), lambda: f"sample: logits {tuple(logits.shape)} {logits.dtype}"
-    )
+    check(logits.dim() == 2 and floating(logits), lambda: f"sample: logits {tuple(logits.shape)} {logits.dtype}")
     ranges = {
         "temperature": (temperature, 0.0, float("inf")),
-        "top_k": (top_k, 0, float("inf")),
+        "top_k": (top_k, 0, 2**63 - 1),
         "top_p": (top_p, 0.0, 1.0),
         "min_p": (min_p, 0.0, 1.0),
+        "seeds": (seeds, -(2**63), 2**63 - 1),
     }
     for name, (value, low, high) in ranges.items():
         if not isinstance(value, Tensor) and not low <= value <= high:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Kernel, check, use_triton
+from .dispatch import Kernel, check, floating, use_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -67,7 +67,7 @@ def _unsupported(x: Tensor) -> str | None:
 @torch.library.custom_op("deepseek_coder::swiglu", mutates_args=())
 def _swiglu(gate_up: Tensor) -> Tensor:
     if not use_triton(gate_up, _unsupported(gate_up)):
-        return reference.swiglu(gate_up)
+        return reference.swiglu(gate_up).contiguous()
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     y = torch.empty((rows, columns), dtype=gate_up.dtype, device=gate_up.device)
@@ -87,7 +87,7 @@ def _(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("deepseek_coder::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     if not use_triton(gate_up, _unsupported(gate_up)):
-        return reference.swiglu_backward(dy, gate_up)
+        return reference.swiglu_backward(dy, gate_up).contiguous()
     rows, columns = dy.shape
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     dgate_up = torch.empty((rows, 2 * columns), dtype=gate_up.dtype, device=gate_up.device)
@@ -117,14 +117,14 @@ _swiglu.register_autograd(_backward, setup_context=_setup)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: gate_up (..., 2 F), columns [gate; up] -> (..., F). Computed in fp32. Differentiable.
+    """silu(gate) * up: gate_up (..., 2 F), columns [gate; up] -> (..., F).
 
-    ValueError unless the last dimension is even and the dtype floating point.
+    Computed in fp32, but the reference's silu is rounded, as Llama's is. Differentiable once, in reverse mode.
+
+    ValueError unless the last dimension is even and not 0, and the dtype floating point of 16 bits or more.
     """
-    check(gate_up.is_floating_point(), lambda: f"swiglu: gate_up must be floating point, not {gate_up.dtype}")
-    check(
-        gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0,
-        lambda: f"swiglu: odd last dimension in {tuple(gate_up.shape)}",
-    )
+    check(floating(gate_up), lambda: f"swiglu: gate_up must be floating point of 16 bits or more, not {gate_up.dtype}")
+    fits = gate_up.dim() > 0 and gate_up.shape[-1] > 0 and gate_up.shape[-1] % 2 == 0
+    check(fits, lambda: f"swiglu: odd last dimension, or 0, in {tuple(gate_up.shape)}")
     y = _swiglu(gate_up.reshape(-1, gate_up.shape[-1]))
     return y.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

@@ -109,7 +109,7 @@ def _split_kernel(
     if CAUSAL:
         last = tl.minimum(last, tl.max(tl.where(in_tile, sees, -1), 0) + 1)
 
-    q_at = q + batch * q_batch + query[:, None].to(tl.int64) * q_row + head[:, None] * q_head + at[None, :]
+    q_at = q + batch * q_batch + query[:, None].to(tl.int64) * q_row + head[:, None].to(tl.int64) * q_head + at[None, :]
     q_tile = tl.load(q_at, mask=in_tile[:, None], other=0.0)
     if UPCAST:  # the interpreter's bf16 arithmetic is wrong
         q_tile = q_tile.to(tl.float32)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import Launcher, interpreting
+from ..dispatch import Launcher, interpreting, shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,14 +36,6 @@ WIDE_TILES = {
     "dkdv": ((164864, 64, 128, 3), (98560, 32, 128, 2)),
     "dq": ((163840, 128, 64, 3), (98304, 128, 32, 2)),
 }
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have: 227 KB on Hopper, 163 on A100, 99 on most others."""
-    if device.type == "cuda":
-        return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return 232448
 
 
 def block_sizes(kernel: str, head_dim: int, dtype: torch.dtype, shared: int) -> dict[str, int]:

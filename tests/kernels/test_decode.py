@@ -145,6 +145,14 @@ def test_fixed_splits_do_not_know_the_batch(triton, device, heads, kv_heads):
             assert torch.equal(alone[0], together[i])
 
 
+def test_query_heads_far_apart(triton, device):
+    """The third head is 2^31 elements behind the first; of the memory only a few pages are touched."""
+    memory = torch.empty(2**32 + 16, dtype=torch.float16, device=device)
+    q = memory.as_strided((1, 1, 3, 16), (16, 16, 2**30, 1), 2**31).copy_(torch.randn(1, 1, 3, 16))
+    k, v = torch.randn(2, 1, 40, 1, 16, dtype=torch.float16, device=device)
+    assert torch.equal(flash_attn_with_kvcache(q, k, v), flash_attn_with_kvcache(q.contiguous(), k, v))
+
+
 def test_cache_without_room(triton, device):
     q, cache = torch.randn(1, 1, 2, 16, device=device), torch.zeros(1, 0, 2, 16, device=device)
     pages, table = torch.zeros(3, 4, 2, 16, device=device), torch.zeros(1, 0, device=device, dtype=torch.int32)

@@ -59,6 +59,34 @@ def test_write_into_a_strided_cache(device):
     assert both.count_nonzero() == 4 * KV_HEADS * HEAD_DIM
 
 
+@pytest.mark.parametrize("table,lengths", [([[2], [-1]], [0, 0]), (None, [0, -1]), (None, [-3, 8])])
+def test_append_stays_in_the_sequence(each_backend, device, table, lengths):
+    """A page that is not there, a negative length, as a padded batch may have them: nothing is written there."""
+    pool = [torch.zeros(5, 8, KV_HEADS, HEAD_DIM, device=device) for _ in range(2)]
+    caches = [x[1:4] if table else x[1:3] for x in pool]
+    k, v = (torch.ones(2, 1, KV_HEADS, HEAD_DIM, device=device) for _ in range(2))
+    tables = None if table is None else torch.tensor(table, dtype=torch.int32, device=device)
+    torch.ops.deepseek_coder.append_kv(k, v, *caches, torch.tensor(lengths, device=device), tables, None, None)
+    written = 1 if lengths[0] == 0 else 0
+    for x, cache in zip(pool, caches, strict=True):
+        assert x.count_nonzero() == written * KV_HEADS * HEAD_DIM
+        assert cache[2 if table else 0, 0].count_nonzero() == written * KV_HEADS * HEAD_DIM
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_nan_stays_in_fp8(device, rotate):
+    """By the kernels on a GPU only: Triton's interpreter makes numbers of NaN in fp8."""
+    caches = [torch.zeros(1, 1, KV_HEADS, HEAD_DIM, device=device).to(torch.float8_e4m3fn) for _ in range(2)]
+    qkv = torch.full((1, 3 * KV_HEADS, HEAD_DIM), float("nan"), device=device)
+    at, descales = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(2, KV_HEADS, device=device)
+    with backend("auto" if device == "cuda" else "reference"):
+        if rotate:
+            apply_rope_and_write_kv(qkv.flatten(1), at, KV_HEADS, KV_HEADS, 1e4, 1.0, *caches, at, *descales)
+        else:
+            write_kv(qkv[:, :KV_HEADS], qkv[:, -KV_HEADS:], *caches, at, *descales)
+    assert all(cache.float().isnan().all() for cache in caches)
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_heads_far_apart(each_backend, device, rotate):
     """A cache whose outer dimension is the heads: the third begins 2^31 elements behind the first, which 32 bits would
@@ -223,8 +251,17 @@ def test_errors():
         flash_attn_with_kvcache(q, k_cache, v_cache, block_table=torch.zeros(1, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="slot_mapping"):
         write_kv(k[0], v[0], k_cache, v_cache, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cache_seqlens -1 is outside"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=-1)
+    with pytest.raises(ValueError, match="num_splits 65536 is outside"):
+        flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=65536)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        flash_attn_with_kvcache(q, k_cache[:, :, :0], v_cache[:, :, :0])
+    fp8, slots = [x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache)], torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match="needs k_descale"):
-        write_kv(k[0], v[0], *(x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache)), torch.zeros(3, dtype=torch.long))
+        write_kv(k[0], v[0], *fp8, slots)
+    with pytest.raises(ValueError, match="contiguous fp32"):
+        write_kv(k[0], v[0], *fp8, slots, *[torch.ones(1).expand(KV_HEADS)] * 2)
     qkv, positions = torch.zeros(3, 6 * HEAD_DIM), torch.arange(3)
     with pytest.raises(ValueError, match="heads of 16 do not fit the cache"):
         apply_rope_and_write_kv(qkv, positions, 4, 1, 1e4, 1.0, k_cache, v_cache, positions)

@@ -218,7 +218,11 @@ def test_errors():
     hidden, weight, targets = inputs(torch.float32, 5, 4, 9, "cpu")
     with pytest.raises(ValueError, match="does not fit weight"):
         linear_cross_entropy(hidden, weight[:, 1:], targets)
-    with pytest.raises(ValueError, match="targets must be int64"):
+    with pytest.raises(ValueError, match="does not fit weight"):
+        linear_cross_entropy(hidden, weight[:0], targets)
+    with pytest.raises(ValueError, match=r"floating point is needed, not torch\.int8"):
+        linear_cross_entropy(hidden.to(torch.int8), weight.to(torch.int8), targets)
+    with pytest.raises(ValueError, match=r"targets must be int64 \(5,\), not torch\.int32 \(5,\)"):
         linear_cross_entropy(hidden, weight, targets.int())
     with pytest.raises(ValueError, match=r"weight torch\.float16"):
         linear_cross_entropy(hidden, weight.half(), targets)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import backend, rms_norm
+from kernels import backend, norm, rms_norm
 
 CASES = [
     (torch.float32, (5, 33)),
@@ -97,8 +97,42 @@ def test_compiled(triton, device, check_compiled, compiler):
     check_compiled(lambda x, w, r: rms_norm(x, w, 1e-6, r), x, weight, r, compiler=compiler)
 
 
+def test_compiled_reference_with_strides(device):
+    """What the reference returns is laid out as the compiler was told."""
+    x, weight = torch.randn(8, 6, device=device).t().double(), torch.ones(8, device=device).double()
+
+    def normed(x):
+        return rms_norm(x * 1.0, weight, 1e-6, x * 2.0)[0].reshape(-1)
+
+    with backend("reference"):
+        assert torch.equal(torch.compile(normed, backend="aot_eager", fullgraph=True)(x), normed(x))
+
+
+def test_backward_fits_smaller_gpus(monkeypatch):
+    """Rows on their way take no more shared memory than there is: 99 KB, as on most GPUs before and beside Hopper."""
+    launches = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launches.append(constants)
+
+    for kernel in ("_backward_kernel", "_finish_kernel"):
+        monkeypatch.setattr(norm, kernel, Recorded())
+    monkeypatch.setattr(norm, "use_triton", lambda *_: True)
+    for shared in (232448, 101376):
+        monkeypatch.setattr(norm, "shared_memory", lambda _, shared=shared: shared)
+        x, weight, rstd = torch.zeros(2, 7168).bfloat16(), torch.zeros(7168).bfloat16(), torch.zeros(2)
+        torch.ops.deepseek_coder.rms_norm_backward(x, x, x, weight, rstd)
+        taken = (launches[-2]["STAGES"] - 1) * 3 * launches[-2]["BLOCK"] * 2
+        assert 0 < taken <= shared - 4096
+
+
 def test_errors():
     x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"weight \(0,\) does not fit"):
+        rms_norm(x[:, :0], torch.ones(0), 1e-6)
+    with pytest.raises(ValueError, match="16 bits or more"):
+        rms_norm(x.to(torch.float8_e4m3fn), torch.ones(8).to(torch.float8_e4m3fn), 1e-6)
     with pytest.raises(ValueError, match=r"weight \(7,\) does not fit"):
         rms_norm(x, torch.ones(7), 1e-6)
     with pytest.raises(ValueError, match=r"weight torch\.float16"):

@@ -167,6 +167,17 @@ def test_ends_of_the_range(kernel_and_reference, device, dtype):
                 assert torch.equal(ours, expected), (row, k, p, m)
 
 
+@pytest.mark.parametrize(
+    "temperature,top_p,allowed",
+    [(float("inf"), 1.0, {0, 2, 3}), (float("inf"), 0.5, {0, 2}), (1e-38, 1.0, {2}), (1e-44, 0.5, {2})],
+)
+def test_extreme_temperatures(kernel_and_reference, device, temperature, top_p, allowed):
+    """Infinite: all that is not masked or filtered out is as likely. Nearly 0: the likeliest, as at 0."""
+    logits = torch.tensor([5.0, -float("inf"), 6.0, 1.0], device=device).expand(32, 4)
+    for ids in kernel_and_reference(logits, temperature, 0, top_p, 0.0, torch.arange(32, device=device)):
+        assert set(ids.tolist()) == allowed
+
+
 def test_top_k_of_64_bits(kernel_and_reference, device):
     logits = torch.randn(20, 9, device=device)
     everything = torch.full((20,), 2**32 + 1, device=device)
@@ -257,6 +268,10 @@ def test_errors():
         sample(logits, -1.0, 0, 1.0, 0.0, 1)
     with pytest.raises(ValueError, match=r"top_p 1.5 is outside"):
         sample(logits, 1.0, 0, 1.5, 0.0, 1)
+    with pytest.raises(ValueError, match="top_k inf is outside"):
+        sample(logits, 1.0, float("inf"), 1.0, 0.0, 1)
+    with pytest.raises(ValueError, match="seeds 9223372036854775808 is outside"):
+        sample(logits, 1.0, 0, 1.0, 0.0, 2**63)
     with pytest.raises(ValueError, match="not one for each of 2 rows"):
         sample(logits, torch.ones(3), 0, 1.0, 0.0, 1)
     with pytest.raises(ValueError, match="logits"):

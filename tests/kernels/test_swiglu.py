@@ -51,6 +51,13 @@ def test_strides(triton, device):
     assert swiglu(x[:0]).shape == (0, 20)
 
 
+def test_compiled_reference_with_strides(device):
+    x = torch.randn(8, 6, device=device).t().double()
+    compiled = torch.compile(lambda x: swiglu(x * 1.0).view(-1), backend="aot_eager", fullgraph=True)
+    with backend("reference"):
+        assert torch.equal(compiled(x), swiglu(x).view(-1))
+
+
 def test_opcheck(opcheck, device):
     x = torch.randn(3, 8, device=device)
     opcheck("swiglu", x.clone().requires_grad_())
@@ -63,7 +70,8 @@ def test_compiled(triton, device, check_compiled, compiler):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="odd last dimension"):
-        swiglu(torch.zeros(2, 7))
+    for columns in (7, 0):
+        with pytest.raises(ValueError, match="odd last dimension, or 0"):
+            swiglu(torch.zeros(2, columns))
     with pytest.raises(ValueError, match="floating point"):
         swiglu(torch.zeros(2, 8, dtype=torch.int32))
