@@ -105,7 +105,8 @@ def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
     """Whether the op that was given `tensor` runs its Triton kernel (True) or the reference (False).
 
     `unsupported` says why the Triton kernel cannot take these inputs: `auto` then warns once and uses the reference.
-    ValueError where the backend was asked for by name and cannot serve.
+    ValueError where the backend was asked for by name and cannot serve, and where the tensor is on another GPU than the
+    current one, on which Triton would launch.
     """
     name = requested()
     if name == "reference":
@@ -116,7 +117,9 @@ def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
         reason = triton_missing() or unsupported
         if reason:
             _warn_once("the plain PyTorch reference", reason)
-        return reason is None
+            return False
+        _check_current(tensor.device)
+        return True
     if tensor.device.type != "cuda" and not interpreting():
         raise ValueError(
             f"kernel backend {name!r} was asked for, but the tensors are on {tensor.device}: move them to a GPU, "
@@ -125,7 +128,16 @@ def use_triton(tensor: torch.Tensor, unsupported: str | None = None) -> bool:
     reason = triton_missing() or unsupported
     if reason:
         raise ValueError(f"kernel backend {name!r} was asked for, but {reason}")
+    _check_current(tensor.device)
     return True
+
+
+def _check_current(device: torch.device) -> None:
+    if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise ValueError(
+            f"kernels: the tensors are on {device}, but cuda:{current} is the current device, on which kernels are "
+            f"launched: choose it with torch.cuda.set_device({device.index})"
+        )
 
 
 def use_hopper(tensor: torch.Tensor, unsupported: str | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -28,6 +29,19 @@ def test_context_manager_nests_and_restores():
     with pytest.raises(KeyError), backend("reference"):
         raise KeyError
     assert backend() == before
+
+
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_current_device(monkeypatch, name):
+    """A launch on another GPU than the tensors' would read what is not there."""
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    tensor = types.SimpleNamespace(device=torch.device("cuda", 1))
+    with backend(name):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert dispatch.use_triton(tensor)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        with pytest.raises(ValueError, match=r"on cuda:1, but cuda:0 is the current .* torch.cuda.set_device\(1\)"):
+            dispatch.use_triton(tensor)
 
 
 def test_environment(monkeypatch):
@@ -89,6 +103,7 @@ def test_auto_warns_once_why(monkeypatch):
         warnings.simplefilter("error")
         assert not dispatch.use_triton(OnGpu())
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: OnGpu.device.index)
     assert dispatch.use_triton(OnGpu())
     with pytest.warns(RuntimeWarning, match="since head_dim 24 is odd"):
         assert not dispatch.use_triton(OnGpu(), "head_dim 24 is odd")
