@@ -163,7 +163,7 @@ def _rms_norm_backward(
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
     early = early_launch(x.device)
     row_bytes = block * x.element_size() * (2 if dsum is None else 3)
-    rows_bytes = min(ROWS_BYTES, shared_memory(x.device) - 4096)  # the reductions take some
+    rows_bytes = max(0, min(ROWS_BYTES, shared_memory(x.device) - 4096))  # the reductions take some
     stages = min(4, 1 + rows_bytes // together // row_bytes)  # one row less than that is on its way
     _backward_kernel[(programs,)](
         dy.contiguous(), dy if dsum is None else dsum.contiguous(), x, weight.contiguous(), rstd, dx, partial,
