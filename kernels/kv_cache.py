@@ -321,7 +321,8 @@ def flash_attn_with_kvcache(
 
     Returns out like q, with return_softmax_lse also lse (batch, heads, seqlen) fp32, natural logarithm. ValueError when
     shapes, dtypes or devices do not fit, and, on the CPU and not compiled, when the cache is too short; on a GPU, which
-    is not waited for, entries that do not fit are dropped. So are those whose page the block_table has as negative.
+    is not waited for, entries that do not fit are dropped, and so are those whose page the block_table has as negative.
+    Only the writes look for that: a page below cache_seqlens + new is read, and must exist.
     """
     name = "flash_attn_with_kvcache"
     _check_cache(name, q, k_cache, v_cache, k_descale, v_descale)

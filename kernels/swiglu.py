@@ -87,7 +87,7 @@ def _(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("deepseek_coder::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     if not use_triton(gate_up, _unsupported(gate_up)):
-        return reference.swiglu_backward(dy, gate_up).contiguous()
+        return reference.swiglu_backward(dy, gate_up)
     rows, columns = dy.shape
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     dgate_up = torch.empty((rows, 2 * columns), dtype=gate_up.dtype, device=gate_up.device)

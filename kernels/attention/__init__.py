@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import reference
-from ..dispatch import check, custom_op, use_hopper, use_triton
+from ..dispatch import check, custom_op, floating, use_hopper, use_triton
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"]
 
@@ -176,8 +176,13 @@ def _check_tensors(name: str, dim: int, q: Tensor, k: Tensor, v: Tensor) -> None
     check(fits, lambda: f"{name}: {shapes()} do not fit each other")
     fits = k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0
     check(fits, lambda: f"{name}: kv heads do not divide heads in {shapes()}")
-    same = q.dtype == k.dtype == v.dtype and q.is_floating_point()
-    check(same, lambda: f"{name}: q, k, v need one floating point dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    same = q.dtype == k.dtype == v.dtype and floating(q)
+    check(
+        same,
+        lambda: (
+            f"{name}: q, k, v need one floating point dtype of 16 bits or more, not {q.dtype}, {k.dtype}, {v.dtype}"
+        ),
+    )
     same = q.device == k.device == v.device
     check(same, lambda: f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}")
 
@@ -301,7 +306,7 @@ def flash_attn_varlen_qkvpacked_func(
     fits = qkv.dim() == 2 and num_kv_heads > 0 and num_heads % num_kv_heads == 0 and qkv.shape[1] % heads == 0
     name = "flash_attn_varlen_qkvpacked_func"
     check(fits, lambda: f"{name}: qkv {tuple(qkv.shape)} does not hold {num_heads} q and {num_kv_heads} k and v heads")
-    check(qkv.is_floating_point(), lambda: f"{name}: qkv must be floating point, not {qkv.dtype}")
+    check(floating(qkv), lambda: f"{name}: qkv must be floating point of 16 bits or more, not {qkv.dtype}")
     _check_lengths(name, qkv, cu_seqlens, cu_seqlens)
     scale = _scale(softmax_scale, qkv.shape[1] // heads)
     return _attention_qkvpacked(qkv, cu_seqlens, num_heads, num_kv_heads, scale, causal, deterministic)[0]

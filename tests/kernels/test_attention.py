@@ -295,6 +295,7 @@ def test_head_dim_without_a_kernel(triton, device):
         ({"k": torch.zeros(4, 2, 8)}, "do not fit"),
         ({"v": torch.zeros(5, 2, 16)}, "do not fit"),
         ({"k": torch.zeros(4, 2, 16).half(), "v": torch.zeros(4, 2, 16).half()}, "one floating point dtype"),
+        ({x: torch.zeros(4, 2, 16).to(torch.float8_e4m3fn) for x in "qkv"}, "16 bits or more"),
         ({"cu_seqlens_q": torch.tensor([0, 4])}, "int32"),
         ({"cu_seqlens_k": torch.tensor([0, 1, 4], dtype=torch.int32)}, "cu_seqlens"),
         ({"q": torch.zeros(4, 4, 16, device="meta")}, "are on meta"),

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
@@ -35,13 +34,12 @@ def test_context_manager_nests_and_restores():
 def test_current_device(monkeypatch, name):
     """A launch on another GPU than the tensors' would read what is not there."""
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
-    tensor = types.SimpleNamespace(device=torch.device("cuda", 1))
     with backend(name):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-        assert dispatch.use_triton(tensor)
+        assert dispatch.use_triton(OnGpu())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         with pytest.raises(ValueError, match=r"on cuda:1, but cuda:0 is the current .* torch.cuda.set_device\(1\)"):
-            dispatch.use_triton(tensor)
+            dispatch.use_triton(OnGpu())
 
 
 def test_environment(monkeypatch):
@@ -76,7 +74,7 @@ def test_auto(monkeypatch):
 
 
 class OnGpu:
-    device = torch.device("cuda")
+    device = torch.device("cuda", 1)
 
 
 def test_hopper_is_chosen_refused_and_missed(monkeypatch):

@@ -1,3 +1,6 @@
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -85,6 +88,15 @@ def test_nan_stays_in_fp8(device, rotate):
         else:
             write_kv(qkv[:, :KV_HEADS], qkv[:, -KV_HEADS:], *caches, at, *descales)
     assert all(cache.float().isnan().all() for cache in caches)
+
+
+def test_gpus_without_fp8(monkeypatch):
+    module = importlib.import_module("kernels.kv_cache")
+    cache = SimpleNamespace(dtype=torch.float8_e4m3fn, is_cuda=True, device="an A100", stride=lambda _: 1)
+    monkeypatch.setattr(module, "_has_fp8", lambda device: device != "an A100")
+    assert "8.9" in module._unsupported(cache)
+    cache.device = "an H200"
+    assert module._unsupported(cache) is None
 
 
 @pytest.mark.parametrize("rotate", [False, True])
