@@ -113,11 +113,16 @@ def _download_commands(package: str, folder: Path) -> list[list[str]]:
     return [[*pip, "--no-build-isolation", package], [*pip, package]]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Without a GPU the tests that need one are skipped. With one, those that can use it (`device`) count among them:
+    `make test-gpu` is then every test of a kernel, not only those that are too long for the interpreter."""
+    gpu = torch.cuda.is_available()
+    for item in items:
+        if not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        elif gpu and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
