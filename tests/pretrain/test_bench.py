@@ -14,10 +14,10 @@ def test_every_row(library, prepared, tmp_path):
     assert report["load"] >= 0
     assert report["versions"]["datasketch"]
     results = report["results"]
-    whole, part = results["pipeline"]
-    assert 0 < whole["MB/s"] < part["MB/s"]  # a stage less
-    stages = {row["stage"]: row["everything"] for row in results["milliseconds of a core for each MB"]}
-    assert all(stages[stage] > 0 for stage in ("crawl", "quality", "tokens"))
+    assert all(row["MB/s"] > 0 for row in results["pipeline"])
+    stages = {row.pop("stage"): row for row in results["milliseconds of a core for each MB"]}
+    assert all(stages[stage]["everything"] > 0 for stage in ("crawl", "quality", "tokens"))
+    assert stages["quality"]["everything"] > stages["quality"]["no screening"]  # most of it is not done: a tenth
     ours, *peers = results["near-duplicate signatures"]
     assert {row["provider"].split(",")[0] for row in peers} >= {"datasketch", "datatrove"}
     assert all(row["ours / it"] > 1 for row in peers if row["provider"] != "Daft")
