@@ -1,8 +1,10 @@
 """The choice of backend, and that importing the package stays light."""
 
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +144,18 @@ def test_project_names_itself():
     assert kernels.PROJECT == "deepseek-coder-torch"
     for name in kernels.__all__:
         assert getattr(kernels, name).__doc__
+
+
+def test_with_a_gpu_every_test_of_a_kernel_is_chosen(tmp_path):
+    """`make test-gpu`: those that also run in the interpreter too, and none that has nothing to do on a GPU."""
+    (tmp_path / "with_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    command = [sys.executable, "-m", "pytest", "-p", "with_gpu", "-p", "no:cacheprovider", "--collect-only", "-q"]
+    result = subprocess.run(
+        [*command, "-m", "gpu", str(Path(__file__).with_name("test_rope.py"))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    chosen = {line.partition("::")[2].partition("[")[0] for line in result.stdout.splitlines() if "::" in line}
+    assert chosen >= {"test_kernels", "test_in_place_and_only_q_and_k", "test_opcheck", "test_positions_from_documents"}
+    assert not chosen & {"test_same_bits_as_transformers", "test_errors"}

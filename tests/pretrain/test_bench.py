@@ -17,7 +17,13 @@ def test_every_row(library, prepared, tmp_path):
     assert all(row["MB/s"] > 0 for row in results["pipeline"])
     stages = {row.pop("stage"): row for row in results["milliseconds of a core for each MB"]}
     assert all(stages[stage]["everything"] > 0 for stage in ("crawl", "quality", "tokens"))
-    assert stages["quality"]["everything"] > stages["quality"]["no screening"]  # most of it is not done: a tenth
+    assert stages["quality"]["everything"] > stages["quality"]["no screening"]
+    # All that is done for the text; what is around it, more than half for so little, takes longer now and then.
+    whole, part = (
+        sum(row[name] for stage, row in stages.items() if stage != "outside of shards")
+        for name in ("everything", "no screening")
+    )
+    assert whole > part  # a stage less
     ours, *peers = results["near-duplicate signatures"]
     assert {row["provider"].split(",")[0] for row in peers} >= {"datasketch", "datatrove"}
     assert all(row["ours / it"] > 1 for row in peers if row["provider"] != "Daft")
